@@ -1,0 +1,29 @@
+"""The errors that a user can cause; the command prints them without a stack trace."""
+
+
+class AlignError(Exception):
+    """A failure with a message for the user. ``exit_code`` is what the command returns."""
+
+    exit_code = 1
+
+
+class InputError(AlignError, ValueError):
+    """Something given to us is wrong: exit code 2, nothing written."""
+
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """A recipe file or an override does not say what a recipe may say."""
+
+
+class DataError(InputError):
+    """A data file or one of its rows cannot be used."""
+
+
+class ParentError(InputError):
+    """The stage that this one builds on is missing, of another kind, or does not match."""
+
+
+class TrainingError(AlignError, RuntimeError):
+    """Training was stopped before damage: a non-finite loss, a broken step-0 check, a KL stop."""

@@ -1,0 +1,156 @@
+"""``stage.json``: what a finished stage was made from, with a hash of everything it made.
+
+Written last and atomically, so that its presence means that the stage is complete. Paths in it are
+relative to the stage's folder: a run tree can be moved.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from align.errors import ParentError
+from align.recipe import StageName
+
+FILE = "stage.json"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseFacts(_Part):
+    """The language model under a stage. ``sha256`` covers its weights and configuration."""
+
+    id: str
+    revision: str | None
+    sha256: str
+
+
+class ParentFacts(_Part):
+    """A stage that this one was made from. ``sha256`` covers all of its outputs."""
+
+    stage: StageName
+    path: str
+    sha256: str
+
+
+class DataFacts(_Part):
+    """One source of records: rows read, kept, and dropped by reason."""
+
+    id: str
+    rows: int
+    sha256: str
+    kept: int
+    dropped: dict[str, int]
+
+
+class Manifest(_Part):
+    """The content of ``stage.json``."""
+
+    stage: StageName
+    status: Literal["finished"] = "finished"
+    name: str
+    seed: int
+    recipe_sha256: str
+    inputs_sha256: str
+    code_version: str
+    versions: dict[str, str]
+    base: BaseFacts
+    tokenizer_sha256: str
+    template_sha256: str
+    pad_id: int
+    eos_ids: tuple[int, ...]
+    parents: tuple[ParentFacts, ...]
+    data: tuple[DataFacts, ...]
+    metrics: dict[str, float]
+    outputs: dict[str, str]
+    wandb_id: str | None
+    started: str
+    finished: str
+
+    def outputs_sha256(self) -> str:
+        """Hash the outputs' names and hashes: equal if and only if all output files are."""
+        return hashlib.sha256(json.dumps(self.outputs, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hash a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_outputs(directory: Path, names: tuple[str, ...]) -> dict[str, str]:
+    """Hash the named files and folders of a stage: ``{relative path: sha256}``, sorted."""
+    files: list[Path] = []
+    for name in names:
+        path = directory / name
+        files += [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return {str(p.relative_to(directory)): sha256_file(p) for p in sorted(files)}
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write ``stage.json`` so that a reader sees all of it or none."""
+    temporary = directory / (FILE + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(manifest.model_dump_json(indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(directory / FILE)
+
+
+def find_manifest(directory: Path) -> Manifest | None:
+    """Return the manifest in a stage's folder, or None if there is none that can be read."""
+    try:
+        return Manifest.model_validate_json((directory / FILE).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def read_manifest(directory: Path, stage: StageName) -> Manifest:
+    """Return the manifest of a finished ``stage``.
+
+    Raises:
+        ParentError: there is none, it cannot be read, or it is another kind of stage's.
+    """
+    path = directory / FILE
+    if not path.is_file():
+        raise ParentError(
+            f"{directory}: no finished {stage} stage here ({FILE} is missing); run it first"
+        )
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ParentError(f"{path}: not a manifest: {where}: {first['msg']}") from None
+    if manifest.stage != stage:
+        raise ParentError(f"{directory}: holds a {manifest.stage} stage; a {stage} stage is needed")
+    return manifest
+
+
+def check_same_origin(manifests: dict[str, Manifest]) -> None:
+    """Refuse parents that were not made on one base with one tokenizer and one template.
+
+    Args:
+        manifests: by the name to use in the message.
+
+    Raises:
+        ParentError: two of them differ; the message names both and what differs.
+    """
+    items = list(manifests.items())
+    for name, manifest in items[1:]:
+        first_name, first = items[0]
+        for what, ours, theirs in (
+            ("tokenizer", first.tokenizer_sha256, manifest.tokenizer_sha256),
+            ("chat template", first.template_sha256, manifest.template_sha256),
+            ("base", first.base.sha256, manifest.base.sha256),
+        ):
+            if ours != theirs:
+                raise ParentError(
+                    f"{first_name} and {name} do not fit together: their {what} differs"
+                    f" ({ours[:12]} and {theirs[:12]}); make both from the same {what}"
+                )

@@ -1,0 +1,387 @@
+"""What a recipe may say: one frozen model per YAML section.
+
+A recipe describes one experiment, all stages in it. Values are refused, never repaired: an unknown
+key, a wrong type or an impossible combination is an error that names the key (``align.recipe_io``
+adds file and line). Batch sizes are global: they count over all processes and accumulation steps.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+StageName = Literal["pretrain", "sft", "reward", "ppo", "evaluate"]
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+FunctionName = Annotated[str, Field(pattern=r"^[^:\s]+:[A-Za-z_]\w*$")]
+Strings = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class Section(BaseModel):
+    """Every section: frozen, no unknown keys, no silent type conversion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def _not_yet(key: str, value: object, allowed: str) -> None:
+    raise ValueError(f"{key}={value} is planned but not built yet; allowed today: {allowed}")
+
+
+class Base(Section):
+    """The language model that everything starts from."""
+
+    # "pretrain": the model that this recipe's pretrain stage makes; else a hub id or a folder.
+    id: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> "Base":
+        if self.quantization != "none":
+            _not_yet("quantization", self.quantization, "none")
+        return self
+
+
+class TokenizerSection(Section):
+    """The tokenizer of all stages; ``vocab_size`` only where the pretrain stage trains one."""
+
+    id: str | None = None  # null: the base's own
+    vocab_size: Positive | None = None
+    chat_template: str | None = None  # a jinja file; null: the tokenizer's own, else Align's
+    pad_token: str | None = None  # an existing token; null: chosen by rule, never the end of turn
+
+
+class Adapter(Section):
+    """What is trained on the frozen base in the stages sft, reward and ppo."""
+
+    method: Literal[
+        "lora", "full", "head_only", "top_layers", "bitfit", "bottleneck", "prefix"
+    ] = "lora"
+    r: Positive = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Fraction = 0.0
+    targets: Literal["all-linear"] | Strings = "all-linear"
+
+    @model_validator(mode="after")
+    def _check(self) -> "Adapter":
+        if self.method != "lora":
+            _not_yet("method", self.method, "lora")
+        return self
+
+
+class Source(Section):
+    """One place that records come from: exactly one of ``path``, ``hub`` and ``world``."""
+
+    path: str | None = None  # a file, relative to data.root
+    hub: str | None = None
+    world: Literal["text", "demonstrations", "pairs", "rankings", "prompts"] | None = None
+    split: str = "train"
+    shape: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt_completion",
+        "transcript_pairs",
+        "pairs",
+        "labelled_pairs",
+        "ranking",
+        "prompts",
+        "text",
+    ] = "auto"
+    # Our field -> their column; a dotted path reaches into a row: "instances.0.output".
+    columns: dict[str, str] = {}
+    # For labelled_pairs: the label as it stands in the file -> which response is better.
+    labels: dict[str, Literal["first", "second", "tie"]] = {}
+    rows: Positive | None = None  # the first so many rows only
+
+    @model_validator(mode="after")
+    def _check(self) -> "Source":
+        given = [k for k in ("path", "hub", "world") if getattr(self, k) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"a source needs exactly one of path, hub and world; found {found}")
+        return self
+
+
+Sources = Annotated[tuple[Source, ...], Field(strict=False)]
+
+
+class StageData(Section):
+    """The records of one stage."""
+
+    train: Sources
+    heldout: Sources = ()
+
+
+class World(Section):
+    """The built-in miniature world: how much of it is generated, and from which seed."""
+
+    seed: NotNegative = 0
+    text_rows: Positive = 20_000
+    demonstration_rows: Positive = 4_000
+    ranked_prompts: Positive = 4_000
+    prompt_rows: Positive = 4_000
+    heldout_rows: Positive = 400
+    responses_per_ranking: Annotated[int, Field(ge=2, le=9)] = 4
+    good_demonstrations: Fraction = 0.5
+    annotator_agreement: Fraction = 0.75
+
+
+class Data(Section):
+    """Where the records of every stage come from, and what becomes of unusable rows."""
+
+    root: str = "."
+    bad_rows: Literal["refuse", "drop"] = "refuse"
+    max_dropped: Fraction = 0.01
+    max_prompt_tokens: Positive = 512  # longer prompts lose their beginning
+    max_response_tokens: Positive = 512  # rows with a longer response are dropped, and counted
+    world: World = World()
+    pretrain: StageData | None = None
+    sft: StageData | None = None
+    reward: StageData | None = None
+    prompts: StageData | None = None
+
+
+class Optimisation(Section):
+    """What every training stage says about its optimiser."""
+
+    lr: PositiveFloat
+    batch_size: Positive  # rows per optimiser step, over all processes
+    micro_batch_size: Positive | None = None  # rows per forward pass; null: the whole batch
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: Fraction = 0.03
+    weight_decay: NotNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    log_every: Positive = 10
+
+    @model_validator(mode="after")
+    def _micro_batches_divide(self) -> "Optimisation":
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            raise ValueError(
+                f"micro_batch_size={micro} does not divide batch_size={self.batch_size}"
+            )
+        return self
+
+
+class SmallLlama(Section):
+    """Shape of the Llama that the pretrain stage makes (RMSNorm, SwiGLU, RoPE, GQA)."""
+
+    hidden_size: Positive
+    num_layers: Positive
+    num_heads: Positive
+    num_kv_heads: Positive
+    intermediate_size: Positive
+    max_positions: Positive
+
+    @model_validator(mode="after")
+    def _check(self) -> "SmallLlama":
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of 2 * num_heads"
+                f" = {2 * self.num_heads}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
+            )
+        return self
+
+
+class Pretrain(Optimisation):
+    """A base made from plain text by the causal language modelling objective."""
+
+    objective: Literal["causal", "masked"] = "causal"
+    model: SmallLlama
+    steps: Positive
+    sequence_length: Positive
+
+    @model_validator(mode="after")
+    def _check(self) -> "Pretrain":
+        if self.objective != "causal":
+            _not_yet("objective", self.objective, "causal")
+        if self.sequence_length > self.model.max_positions:
+            raise ValueError(
+                f"sequence_length={self.sequence_length} exceeds"
+                f" model.max_positions={self.model.max_positions}"
+            )
+        return self
+
+
+class Sft(Optimisation):
+    """Supervised instruction tuning; the loss is taken on the assistant's turns only."""
+
+    epochs: PositiveFloat = 1.0
+    packing: bool = False
+    samples: NotNegative = 64  # answers sampled at the end, for the EOS rate
+
+
+class Reward(Optimisation):
+    """The ranking reward model. ``batch_size`` counts prompts, each with all its responses."""
+
+    epochs: PositiveFloat = 1.0
+    margin: bool = False  # subtract the rows' margin inside the loss (Llama 2, eq. 2)
+    center_on: Literal["demonstrations", "none"] = "demonstrations"
+
+
+class Kl(Section):
+    """The penalty that ties the policy to the SFT model; KL in nats per response."""
+
+    coef: NotNegativeFloat = 0.05
+    target: PositiveFloat | None = None  # given: the coefficient adapts to it (Ziegler et al.)
+    horizon: Positive = 10_000  # responses over which the adaptive coefficient doubles
+    stop: PositiveFloat | None = None  # end training when a rollout's mean KL exceeds this
+
+
+class MissingEos(Section):
+    """What becomes of the score of a response that did not end within max_new_tokens."""
+
+    mode: Literal["subtract", "replace"]
+    value: float
+
+
+class Ppo(Optimisation):
+    """PPO against the reward. ``batch_size`` counts responses per rollout."""
+
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    # "model": the reward stage's; else a Python function, "module:function" or "file.py:function".
+    reward: Literal["model"] | FunctionName = "model"
+    steps: Positive  # rollouts
+    minibatch_size: Positive  # responses per optimiser step
+    epochs: Positive = 4
+    value_lr: PositiveFloat | None = None  # null: lr
+    max_new_tokens: Positive
+    temperature: PositiveFloat = 1.0
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    clip: PositiveFloat = 0.2
+    value_clip: PositiveFloat = 0.2
+    value_coef: NotNegativeFloat = 0.1
+    kl: Kl = Kl()
+    missing_eos: MissingEos | None = None
+    probe_every: Positive = 10  # rollouts between two looks at the held-out probe prompts
+    probe_prompts: Positive = 64
+    layout: Literal["shared", "separate"] = "shared"
+
+    @model_validator(mode="after")
+    def _check(self) -> "Ppo":
+        if self.layout != "shared":
+            _not_yet("layout", self.layout, "shared")
+        if self.batch_size % self.minibatch_size:
+            raise ValueError(
+                f"minibatch_size={self.minibatch_size} does not divide batch_size={self.batch_size}"
+            )
+        if self.minibatch_size % (self.micro_batch_size or self.minibatch_size):
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} does not divide"
+                f" minibatch_size={self.minibatch_size}"
+            )
+        return self
+
+
+class Evaluate(Section):
+    """What ``align eval`` measures on held-out prompts."""
+
+    prompts: Positive = 200
+    pairs: Positive = 1_000
+    temperature: NotNegativeFloat = 1.0  # 0: greedy
+    max_new_tokens: Positive = 64
+    batch_size: Positive = 64
+    bootstrap: Positive = 2_000
+    # Judges of the result, never of the training: functions of (prompts, responses).
+    gold: FunctionName | None = None
+    category: FunctionName | None = None
+
+
+class Distributed(Section):
+    """How many processes; more than one arrives with DeepSpeed."""
+
+    processes: Positive = 1
+    zero_stage: Literal[0, 1, 2, 3] = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> "Distributed":
+        if self.processes != 1:
+            _not_yet("processes", self.processes, "1")
+        if self.zero_stage != 0:
+            _not_yet("zero_stage", self.zero_stage, "0")
+        return self
+
+
+class Tracking(Section):
+    """Weights & Biases. ``auto``: online with a key, else offline; it never asks."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "align"
+    entity: str | None = None
+
+
+class Parents(Section):
+    """Finished stages of other runs to build on: the folder that holds ``stage.json``."""
+
+    pretrain: str | None = None
+    sft: str | None = None
+    reward: str | None = None
+
+
+class Run(Section):
+    """Where results go, and on how many threads they are computed."""
+
+    root: str = "runs"
+    parents: Parents = Parents()
+    threads: Positive | None = None  # torch threads; null: torch decides. Results depend on it.
+
+
+class Recipe(Section):
+    """One experiment, all stages in it."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+    seed: NotNegative = 0
+    base: Base
+    tokenizer: TokenizerSection = TokenizerSection()
+    adapter: Adapter = Adapter()
+    data: Data
+    pretrain: Pretrain | None = None
+    sft: Sft | None = None
+    reward: Reward | None = None
+    ppo: Ppo | None = None
+    evaluate: Evaluate | None = None
+    distributed: Distributed = Distributed()
+    tracking: Tracking = Tracking()
+    run: Run = Run()
+
+    @model_validator(mode="after")
+    def _stages_have_what_they_need(self) -> "Recipe":
+        problems = []
+        if self.base.id == "pretrain" and not (self.pretrain or self.run.parents.pretrain):
+            problems.append("base.id=pretrain needs a pretrain section or run.parents.pretrain")
+        if self.pretrain and self.base.id != "pretrain":
+            problems.append(f"a pretrain section has no effect while base.id={self.base.id}")
+        if self.pretrain and self.tokenizer.vocab_size is None and self.tokenizer.id is None:
+            problems.append("pretrain needs tokenizer.vocab_size (to train one) or tokenizer.id")
+        for stage, data in (
+            ("pretrain", "pretrain"),
+            ("sft", "sft"),
+            ("reward", "reward"),
+            ("ppo", "prompts"),
+        ):
+            if getattr(self, stage) and getattr(self.data, data) is None:
+                problems.append(f"the {stage} stage needs data.{data}")
+        if self.reward and not (self.sft or self.run.parents.sft):
+            problems.append("the reward stage starts from sft: give an sft section or its parent")
+        if self.ppo:
+            if not (self.sft or self.run.parents.sft):
+                problems.append("the ppo stage starts from sft: give an sft section or its parent")
+            if self.ppo.reward == "model" and not (self.reward or self.run.parents.reward):
+                problems.append(
+                    "ppo.reward=model needs a reward section, run.parents.reward or a function"
+                )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

@@ -1,0 +1,180 @@
+"""The stages of a recipe: which there are, what each depends on, and when one is already done.
+
+No torch here: the launcher asks these questions before it starts anything.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import align
+from align.errors import DataError
+from align.manifest import (
+    Manifest,
+    check_same_origin,
+    find_manifest,
+    read_manifest,
+    sha256_file,
+)
+from align.recipe import Recipe, Source, StageData, StageName
+
+STAGES: tuple[StageName, ...] = ("pretrain", "sft", "reward", "ppo", "evaluate")
+
+# The recipe sections whose values decide a stage's result; a change in any other redoes nothing.
+_SECTIONS: dict[StageName, tuple[str, ...]] = {
+    "pretrain": ("tokenizer", "pretrain"),
+    "sft": ("base", "tokenizer", "adapter", "sft"),
+    "reward": ("base", "tokenizer", "adapter", "reward"),
+    "ppo": ("base", "tokenizer", "adapter", "ppo"),
+    "evaluate": ("base", "evaluate"),
+}
+_LIMITS = ("bad_rows", "max_dropped", "max_prompt_tokens", "max_response_tokens")
+
+
+def run_directory(recipe: Recipe) -> Path:
+    """Return the folder that holds all stages of this recipe."""
+    return Path(recipe.run.root) / recipe.name
+
+
+def stage_directory(recipe: Recipe, stage: StageName) -> Path:
+    """Return the stage's folder: in another run if ``run.parents`` says so."""
+    elsewhere = getattr(recipe.run.parents, stage, None)
+    return Path(elsewhere) if elsewhere else run_directory(recipe) / stage
+
+
+def planned_stages(recipe: Recipe) -> tuple[StageName, ...]:
+    """Return the stages that ``align run`` makes, in order: those the recipe has a section for."""
+    return tuple(
+        stage
+        for stage in STAGES
+        if getattr(recipe, stage) is not None and not getattr(recipe.run.parents, stage, None)
+    )
+
+
+def parent_stages(recipe: Recipe, stage: StageName) -> tuple[StageName, ...]:
+    """Return the stages that ``stage`` reads from, in order."""
+    available = [
+        s for s in STAGES if getattr(recipe, s, None) or getattr(recipe.run.parents, s, None)
+    ]
+    if stage == "evaluate":
+        return tuple(s for s in available if s != "evaluate")
+    wanted: tuple[StageName, ...] = ()
+    if stage != "pretrain" and recipe.base.id == "pretrain":
+        wanted += ("pretrain",)
+    if stage in ("reward", "ppo"):
+        wanted += ("sft",)
+    if stage == "ppo" and recipe.ppo is not None and recipe.ppo.reward == "model":
+        wanted += ("reward",)
+    return wanted
+
+
+def stage_data(recipe: Recipe, stage: StageName) -> dict[str, StageData]:
+    """Return the data sections that the stage reads, by name."""
+    names = {
+        "pretrain": ("pretrain",),
+        "sft": ("sft",),
+        "reward": ("reward", "sft"),  # sft: the demonstrations that scores are centred on
+        "ppo": ("prompts",),
+        "evaluate": ("prompts", "reward", "sft"),
+    }[stage]
+    sections = {name: getattr(recipe.data, name) for name in names}
+    return {name: data for name, data in sections.items() if data is not None}
+
+
+def source_path(recipe: Recipe, source: Source) -> Path:
+    """Return where a ``path`` source lies."""
+    assert source.path is not None
+    return Path(recipe.data.root) / source.path
+
+
+def source_fingerprint(recipe: Recipe, source: Source) -> dict[str, str]:
+    """Return ``{"id", "sha256"}``: what the source is and the hash of what it holds.
+
+    Raises:
+        DataError: the file is missing, a directory, or empty.
+    """
+    if source.world is not None:
+        facts = {"world": source.world, "split": source.split, "code": align.__version__}
+        return {
+            "id": f"world:{source.world}/{source.split}",
+            "sha256": _digest(facts | recipe.data.world.model_dump()),
+        }
+    if source.hub is not None:
+        return {"id": f"hub:{source.hub}/{source.split}", "sha256": ""}
+    path = source_path(recipe, source)
+    if path.is_dir():
+        raise DataError(f"{path}: is a directory; name the files in it, one source each")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; relative paths start at data.root={recipe.data.root}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty")
+    return {"id": str(source.path), "sha256": sha256_file(path)}
+
+
+def recipe_sha256(recipe: Recipe, stage: StageName) -> str:
+    """Hash the part of the recipe that decides this stage's result."""
+    part: dict[str, object] = {"seed": recipe.seed}
+    for name in _SECTIONS[stage]:
+        section = getattr(recipe, name)
+        part[name] = section.model_dump() if section is not None else None
+    if stage == "ppo" and recipe.evaluate is not None:
+        part["gold"] = recipe.evaluate.gold  # decides what the probes log
+    part["limits"] = {key: getattr(recipe.data, key) for key in _LIMITS}
+    part["data"] = {name: data.model_dump() for name, data in stage_data(recipe, stage).items()}
+    return _digest(part)
+
+
+def inputs_sha256(recipe: Recipe, stage: StageName, parents: dict[StageName, Manifest]) -> str:
+    """Hash everything that decides the stage's result: recipe part, data, parents, code version."""
+    return _digest(
+        {
+            "recipe": recipe_sha256(recipe, stage),
+            "data": [
+                source_fingerprint(recipe, source)
+                for data in stage_data(recipe, stage).values()
+                for source in (*data.train, *data.heldout)
+            ],
+            "parents": {name: manifest.outputs_sha256() for name, manifest in parents.items()},
+            "code": align.__version__,
+        }
+    )
+
+
+def read_parents(recipe: Recipe, stage: StageName) -> dict[StageName, Manifest]:
+    """Read the parents' manifests and check that they fit together.
+
+    Raises:
+        ParentError: a parent is missing, unfinished, of another kind, or two of them differ in
+            base, tokenizer or chat template; the message names both sides.
+    """
+    parents = {
+        name: read_manifest(stage_directory(recipe, name), name)
+        for name in parent_stages(recipe, stage)
+    }
+    check_same_origin({str(stage_directory(recipe, n)): m for n, m in parents.items()})
+    return parents
+
+
+def why_not_done(recipe: Recipe, stage: StageName) -> str | None:
+    """Return why the stage has to run, or None if its finished result is up to date."""
+    manifest = find_manifest(stage_directory(recipe, stage))
+    if manifest is None or manifest.stage != stage:
+        return "no finished result yet"
+    directory = stage_directory(recipe, stage)
+    missing = [name for name in manifest.outputs if not (directory / name).is_file()]
+    if missing:
+        return f"its output {missing[0]} is missing"
+    parents: dict[StageName, Manifest] = {}
+    for name in parent_stages(recipe, stage):
+        parent = find_manifest(stage_directory(recipe, name))
+        if parent is None:
+            return f"its parent stage {name} has to run first"
+        parents[name] = parent
+    if manifest.inputs_sha256 != inputs_sha256(recipe, stage, parents):
+        return "its recipe section, data, parents or code have changed"
+    return None
+
+
+def _digest(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Records, their file formats, templates, tokenising, collating, and the built-in world."""

@@ -1,0 +1,1 @@
+"""The ``align`` command and the processes that it starts."""

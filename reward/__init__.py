@@ -1,0 +1,1 @@
+"""The reward model: model, ranking losses, calibration and scoring."""
