@@ -1,0 +1,163 @@
+"""Losses and accuracies of ranked responses: pure functions on scores.
+
+Responses lie flat, the ones of a prompt next to each other or not: ``scores[i]`` belongs to the
+prompt ``groups[i]`` and ``targets[i]`` says how good its annotator found it (higher is better, equal
+is a tie). So prompts may have unequal numbers of responses and nothing is ever padded.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Z90 = 1.6448536269514722  # the normal distribution holds 90 % within +- so many deviations
+
+
+class Interval(NamedTuple):
+    """A share with the bounds of its 90 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def strict_pairs(groups: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return every pair of one prompt's responses that has a winner.
+
+    Args:
+        groups: ``[N]`` long, the prompt of each response, counted from 0.
+        targets: ``[N]``, higher is better. Pairs of equal targets are ties and left out.
+
+    Returns:
+        ``better`` and ``worse``, both ``[M]`` long: indices into the ``[N]`` responses.
+    """
+    same = groups[:, None] == groups[None, :]
+    better, worse = (same & (targets[:, None] > targets[None, :])).nonzero(as_tuple=True)
+    return better, worse
+
+
+def pair_losses(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
+    """Return ``-log sigmoid(chosen - rejected - margin)`` for every pair, in float32.
+
+    The Bradley-Terry likelihood that the chosen response wins; ``margin`` is Llama 2's (Touvron et
+    al. 2023, eq. 2). Two equal scores give ln 2.
+
+    Args:
+        chosen, rejected: ``[M]`` scores.
+        margin: ``[M]``, how far apart the scores of a pair should at least be; None: 0.
+
+    Returns:
+        ``[M]`` float32.
+    """
+    difference = chosen.float() - rejected.float()
+    if margin is not None:
+        difference = difference - margin.float()
+    return -F.logsigmoid(difference)
+
+
+def ranking_loss(
+    scores: Tensor,
+    groups: Tensor,
+    targets: Tensor,
+    *,
+    margins: Tensor | None = None,
+    num_rankings: int | Tensor | None = None,
+) -> Tensor:
+    """Return the ranking loss of InstructGPT (Ouyang et al. 2022, eq. 1).
+
+        loss = 1/G sum_g  1/|pairs_g| sum_(b, w) in pairs_g  -log sigmoid(s_b - s_w - m_g)
+
+    All pairs of a prompt belong to one batch element and share its weight, so a prompt with nine
+    responses does not count 36 times. Ties are no pairs; G counts the prompts that have a pair.
+
+    Args:
+        scores: ``[N]``, any dtype; computed in float32.
+        groups, targets: ``[N]``, see ``strict_pairs``.
+        margins: ``[number of prompts]``, each subtracted in the pairs whose better response is its
+            prompt's best; NaN counts as 0.
+        num_rankings: G of the whole optimiser step, where ``scores`` are only a part of it; the
+            parts' losses then add up to the loss of the whole. None: G of these scores.
+
+    Returns:
+        A scalar. Without any pair it is 0 and its gradient is 0.
+    """
+    better, worse = strict_pairs(groups, targets)
+    owner = groups[better]
+    pairs = torch.bincount(owner, minlength=1)
+    margin = None
+    if margins is not None:
+        at_the_top = ~torch.isin(better, worse)
+        margin = torch.nan_to_num(margins.float())[owner] * at_the_top
+    losses = pair_losses(scores[better], scores[worse], margin)
+    if num_rankings is None:
+        num_rankings = (pairs > 0).sum().clamp(min=1)
+    return (losses / pairs[owner]).sum() / num_rankings
+
+
+def count_rankings(groups: Tensor, targets: Tensor) -> Tensor:
+    """Return how many prompts have a pair with a winner: the G of ``ranking_loss``, a scalar."""
+    better, _ = strict_pairs(groups, targets)
+    return torch.unique(groups[better]).numel() * torch.ones((), device=groups.device)
+
+
+def pair_outcomes(scores: Tensor, groups: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for every strict pair whether ``scores`` order it as the annotator did.
+
+    With the responses' lengths as ``scores`` this is the outcome of the rule "longer wins".
+
+    Returns:
+        ``outcomes`` ``[M]`` float32: 1 right, 0 wrong, 0.5 where the two scores are equal; and
+        ``owners`` ``[M]`` long: the prompt of each pair.
+    """
+    better, worse = strict_pairs(groups, targets)
+    difference = scores[better] - scores[worse]
+    return (torch.sign(difference).float() + 1) / 2, groups[better]
+
+
+def mean_margin(scores: Tensor, groups: Tensor, targets: Tensor) -> float:
+    """Return the mean of better minus worse score over all strict pairs; NaN without a pair."""
+    better, worse = strict_pairs(groups, targets)
+    return (scores[better].double() - scores[worse].double()).mean().item()
+
+
+def share_with_interval(outcomes: Tensor, owners: Tensor) -> Interval:
+    """Return the mean of the outcomes with a 90 % Wilson interval that knows their groups.
+
+    Pairs of one prompt share responses, so M pairs tell less than M independent ones. Wilson's
+    interval (1927) is taken at the effective number of pairs
+
+        n = p (1 - p) / var(p),    var(p) = sum_g (sum_(i in g) (x_i - p))^2 / M^2
+
+    (the cluster-robust variance; Korn and Graubard 1998 build intervals for surveys so), kept
+    between the number of prompts and M when all pairs agree, and never above M.
+
+    Args:
+        outcomes: ``[M]`` in [0, 1].
+        owners: ``[M]`` long, the prompt of each outcome.
+
+    Returns:
+        The mean and both bounds, within [0, 1]; three NaNs without an outcome.
+    """
+    count = outcomes.numel()
+    if count == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    values = outcomes.double()
+    p = values.mean().item()
+    n = _effective_count(values - p, owners, p * (1 - p))
+    center = (p + Z90**2 / (2 * n)) / (1 + Z90**2 / n)
+    half = Z90 / (1 + Z90**2 / n) * math.sqrt(p * (1 - p) / n + Z90**2 / (4 * n * n))
+    return Interval(p, max(0.0, min(p, center - half)), min(1.0, max(p, center + half)))
+
+
+def _effective_count(deviations: Tensor, owners: Tensor, variance: float) -> float:
+    count = deviations.numel()
+    _, index = torch.unique(owners, return_inverse=True)
+    sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64, device=deviations.device)
+    sums.index_add_(0, index, deviations)
+    spread = float((sums**2).sum()) / count**2
+    if spread == 0 or variance == 0:
+        return float(sums.numel())
+    # Fewer than one prompt's worth of information cannot be, nor more than all pairs'.
+    return min(float(count), max(1.0, variance / spread))
