@@ -1,0 +1,195 @@
+"""Language models: where the base lies, what it is, and how it is loaded.
+
+Every model comes out the same whatever its folder says: the dtype of the recipe, no dropout, no
+sampling settings of its own, weights from safetensors only.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from align.adapters import lora_config, save_adapter
+from align.errors import InputError
+from align.manifest import BaseFacts, sha256_file
+from align.recipe import Base, Recipe, SmallLlama
+from align.stages import stage_directory
+
+__all__ = [
+    "base_facts",
+    "base_location",
+    "load_causal_lm",
+    "load_settings",
+    "lora_config",
+    "neutral_generation",
+    "new_llama",
+    "save_adapter",
+    "without_dropout",
+]
+
+_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "*.jinja")
+_TOKENIZER_FILES = ("special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json")
+
+
+def base_location(recipe: Recipe) -> str:
+    """Return where the base is loaded from: the pretrain stage's model, a hub id or a folder."""
+    if recipe.base.id == "pretrain":
+        return str(stage_directory(recipe, "pretrain") / "model")
+    return recipe.base.id
+
+
+def base_facts(location: str, revision: str | None) -> BaseFacts:
+    """Identify a base by the content of its weights and configuration.
+
+    Args:
+        location: a folder or a hub id; what the hub has is downloaded.
+        revision: of a hub id: a commit, branch or tag; the commit is recorded.
+
+    Raises:
+        InputError: there is no such base, or it has no safetensors.
+    """
+    folder = Path(location)
+    if folder.is_dir():
+        # The last two parts: a run tree that is moved keeps its facts.
+        name, commit = "/".join(folder.resolve().parts[-2:]), None
+    else:
+        folder = _from_hub(location, revision)
+        name, commit = location, folder.name
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise InputError(
+            f"{location}: no safetensors there; pickled weights are refused, convert them first"
+        )
+    hashes = {path.name: _sha256(path) for path in (*weights, folder / "config.json")}
+    digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+    return BaseFacts(id=name, revision=commit, sha256=digest)
+
+
+def load_settings(recipe: Recipe, location: str) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` that every model on the base is loaded with.
+
+    They include the base's configuration, with all dropout at 0.
+
+    Raises:
+        InputError: the base cannot be found or its configuration cannot be read.
+    """
+    base = recipe.base
+    origin = {"revision": base.revision or "main", "trust_remote_code": base.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(location, **origin)
+    except (OSError, ValueError) as error:
+        raise InputError(f"base {location}: {first_line(error)}") from error
+    return {
+        "config": without_dropout(config),
+        "dtype": dtype(base),
+        "use_safetensors": True,
+        **origin,
+    }
+
+
+def load_causal_lm(recipe: Recipe, location: str) -> PreTrainedModel:
+    """Load a causal language model in evaluation mode, without any adapter.
+
+    Raises:
+        InputError: it cannot be found, has no safetensors, or needs code that is not trusted.
+    """
+    settings = load_settings(recipe, location)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(location, **settings)
+    except (OSError, ValueError) as error:
+        raise InputError(f"base {location}: {first_line(error)}") from error
+    model.generation_config = neutral_generation(model.config)
+    model.eval()
+    return model
+
+
+def new_llama(
+    section: SmallLlama, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
+    """Return a Llama with random weights in float32; the same seed gives the same weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=section.hidden_size,
+        intermediate_size=section.intermediate_size,
+        num_hidden_layers=section.num_layers,
+        num_attention_heads=section.num_heads,
+        num_key_value_heads=section.num_kv_heads,
+        max_position_embeddings=section.max_positions,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.generation_config = neutral_generation(config)
+    return model
+
+
+def neutral_generation(config: PretrainedConfig) -> GenerationConfig:
+    """Return generation settings with the model's special tokens and nothing else."""
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    )
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Set every dropout probability in the configuration to 0 and return it."""
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
+
+
+def dtype(base: Base) -> torch.dtype:
+    """Return the recipe's dtype of the base weights."""
+    return {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }[base.dtype]
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a library's message, which says what happened."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _from_hub(location: str, revision: str | None) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                location, revision=revision, allow_patterns=[*_FILES, *_TOKENIZER_FILES]
+            )
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"base.id={location}: no such folder here, and the Hugging Face hub does not give it:"
+            f" {first_line(error)}"
+        ) from error
+
+
+def _sha256(path: Path) -> str:
+    """Hash a file; the hub's cache names large files by their hash, which saves reading them."""
+    name = path.resolve().name
+    if path.is_symlink() and len(name) == 64 and set(name) <= set("0123456789abcdef"):
+        return name
+    return sha256_file(path)

@@ -1,0 +1,390 @@
+"""Everything around a stage: checks before it, records of it, and a clean end whatever happens.
+
+    python -m pipelines.stage STAGE RECIPE [key=value ...] [--force] [--debug]
+
+What can be checked without a model is checked before torch is imported, so that a user's mistake
+shows within seconds. A stage's module has ``run(job) -> StageResult``; its earlier result is
+removed when it first uses ``StageJob.log``, and its manifest is written when all is done.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+
+import align
+from align import manifest as manifests
+from align import stages
+from align.errors import AlignError, DataError, InputError, ParentError
+from align.manifest import BaseFacts, DataFacts, Manifest, ParentFacts
+from align.metrics import MetricsLog, format_values
+from align.recipe import Recipe, StageName
+from align.recipe_io import dump_recipe, load_recipe
+from align.tracking import WandbTracker, start_tracker
+from data.load import LoadedData, load_records
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MODULES: dict[StageName, str] = {
+    "pretrain": "pipelines.pretrain",
+    "sft": "pipelines.sft",
+    "reward": "pipelines.reward_model",
+    "ppo": "pipelines.ppo",
+    "evaluate": "pipelines.evaluate",
+}
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end; ``signum`` says which."""
+
+    def __init__(self, signum: int) -> None:
+        """Keep the signal's number."""
+        self.signum = signum
+
+
+@dataclass
+class StageResult:
+    """What a stage hands back.
+
+    Attributes:
+        metrics: the final metrics, flat.
+        outputs: names of the folders and files it made, relative to its folder.
+        tokenizer: the one it worked with, chat template included.
+        base: the language model under it.
+        dropped: rows that turned out unusable when they were tokenised: section -> reason -> n.
+    """
+
+    metrics: dict[str, float]
+    outputs: tuple[str, ...]
+    tokenizer: "PreTrainedTokenizerBase"
+    base: BaseFacts
+    dropped: dict[str, Counter[str]] = field(default_factory=dict)
+
+
+@dataclass
+class StageJob:
+    """What a stage works with: the recipe, its checked parents and data, and where it writes."""
+
+    recipe: Recipe
+    stage: StageName
+    directory: Path
+    parents: dict[StageName, Manifest]
+    data: dict[str, LoadedData]
+    console: Console
+    force: bool = False
+    tracker: WandbTracker | None = None
+    _log: MetricsLog | None = None
+
+    @property
+    def log(self) -> MetricsLog:
+        """The metrics log. Its first use removes the stage's earlier result and saves the recipe.
+
+        So a stage uses it after its last check, and before it writes anything else.
+        """
+        if self._log is None:
+            self._log = self._begin()
+        return self._log
+
+    def _begin(self) -> MetricsLog:
+        # The manifest goes first: a half-removed result must not look like a finished one.
+        (self.directory / manifests.FILE).unlink(missing_ok=True)
+        if self.directory.exists():
+            shutil.rmtree(self.directory)
+        self.directory.mkdir(parents=True)
+        run = stages.run_directory(self.recipe)
+        (run / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
+        self.tracker = start_tracker(self.recipe, self.stage, run)
+        return MetricsLog(self.directory, self.tracker, self.console, self.stage)
+
+    def parent_folder(self, stage: StageName) -> Path:
+        """Return the folder of a parent stage: the one that holds its ``stage.json``."""
+        if stage not in self.parents:
+            raise KeyError(f"{stage} is not a parent of {self.stage} in this recipe")
+        return stages.stage_directory(self.recipe, stage)
+
+    def check_origin(self, tokenizer: "PreTrainedTokenizerBase", base: BaseFacts) -> None:
+        """Refuse to build on parents made with another base, tokenizer or chat template.
+
+        Raises:
+            ParentError: names the parent, and what differs.
+        """
+        from data.tokenizer import template_sha256, tokenizer_sha256
+
+        ours = {
+            "tokenizer": tokenizer_sha256(tokenizer),
+            "chat template": template_sha256(tokenizer),
+            "base": base.sha256,
+        }
+        for name, parent in self.parents.items():
+            theirs = (parent.tokenizer_sha256, parent.template_sha256, parent.base.sha256)
+            for (what, mine), other in zip(ours.items(), theirs, strict=True):
+                if mine != other:
+                    raise ParentError(
+                        f"{self.stage}: the recipe's {what} ({mine[:12]}) is not the one that"
+                        f" {self.parent_folder(name)} was made with ({other[:12]}); redo the"
+                        f" {name} stage or give the recipe the same {what}"
+                    )
+
+    def check_dropped(self, section: str, dropped: Counter[str]) -> None:
+        """Refuse to go on when more rows than ``data.max_dropped`` were lost by tokenising.
+
+        Raises:
+            DataError: with the counts by reason.
+        """
+        rows = _rows(self.data[section])
+        limit = self.recipe.data.max_dropped
+        if dropped.total() > limit * rows or dropped.total() == rows:
+            raise DataError(
+                f"data.{section}: {dropped.total()} of {rows} rows are unusable as tokens"
+                f" ({_reasons(dropped)}); data.max_dropped={limit} allows"
+                f" {int(limit * rows)}; fix the rows, or raise the limit that they exceed"
+            )
+
+    def sample(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows to ``samples.jsonl``."""
+        _ = self.log
+        with (self.directory / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def close(self, exit_code: int) -> None:
+        """End the progress display and the tracker."""
+        if self._log is not None:
+            self._log.close()
+        if self.tracker is not None:
+            self.tracker.finish(exit_code)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one stage and return the exit code: 0 done, 1 failed, 2 bad input, 128 + n signal n."""
+    options = _parser().parse_intermixed_args(arguments)
+    console = Console(stderr=True)
+    _catch_signals()
+    job: StageJob | None = None
+    code = 1
+    try:
+        job = _prepare(options, console)
+        if job is not None:
+            _run(job)
+        code = 0
+    except Stopped as stopped:
+        name = signal.Signals(stopped.signum).name
+        _say(console, f"{options.stage}: stopped by {name}; the same command starts it again")
+        code = 128 + stopped.signum
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        _say(console, f"{options.stage}: {_message(error)}")
+        code = error.exit_code if isinstance(error, AlignError) else 1
+    finally:
+        if job is not None:
+            job.close(code)
+    return code
+
+
+def _prepare(options: argparse.Namespace, console: Console) -> StageJob | None:
+    """Check everything that can be checked without torch; None if there is nothing to do."""
+    stage: StageName = options.stage
+    recipe = load_recipe(options.recipe, options.overrides)
+    if getattr(recipe, stage) is None:
+        planned = ", ".join(stages.planned_stages(recipe)) or "none"
+        raise InputError(f"{options.recipe}: has no {stage} section; its stages: {planned}")
+    if getattr(recipe.run.parents, stage, None):
+        raise InputError(
+            f"{options.recipe}: run.parents.{stage} names a finished {stage} stage; drop it to"
+            " make one here"
+        )
+    directory = stages.stage_directory(recipe, stage)
+    if not options.force and stages.why_not_done(recipe, stage) is None:
+        _say(console, f"{stage}: finished and up to date in {directory}; --force redoes it")
+        return None
+    parents = stages.read_parents(recipe, stage)
+    data = load_records(recipe, stage)
+    for name, loaded in data.items():
+        _say(console, _summary(stage, name, loaded))
+    return StageJob(recipe, stage, directory, parents, data, console, options.force)
+
+
+def _run(job: StageJob) -> None:
+    """Run the stage's module and record what it made."""
+    started = _now()
+    # Before the parents can change under a long run.
+    inputs_sha256 = stages.inputs_sha256(job.recipe, job.stage, job.parents)
+    _quiet_libraries()
+    _seed(job.recipe)
+    module = importlib.import_module(_MODULES[job.stage])
+    result: StageResult = module.run(job)
+    _say(job.console, f"{job.stage}  done  {_final(result.metrics)}")
+    _write_manifest(job, result, inputs_sha256, started)
+
+
+def _write_manifest(job: StageJob, result: StageResult, inputs_sha256: str, started: str) -> None:
+    from data.tokenizer import end_ids, template_sha256, tokenizer_sha256
+
+    for name, dropped in result.dropped.items():
+        if dropped:
+            _say(job.console, f"{job.stage}  {name}  dropped as tokens: {_reasons(dropped)}")
+    pad_id = result.tokenizer.pad_token_id
+    assert isinstance(pad_id, int)
+    manifest = Manifest(
+        stage=job.stage,
+        name=job.recipe.name,
+        seed=job.recipe.seed,
+        recipe_sha256=stages.recipe_sha256(job.recipe, job.stage),
+        inputs_sha256=inputs_sha256,
+        code_version=align.__version__,
+        versions={"python": sys.version.split()[0]} | {name: version(name) for name in _LIBRARIES},
+        base=result.base,
+        tokenizer_sha256=tokenizer_sha256(result.tokenizer),
+        template_sha256=template_sha256(result.tokenizer),
+        pad_id=pad_id,
+        eos_ids=tuple(end_ids(result.tokenizer)),
+        parents=tuple(
+            ParentFacts(
+                stage=name,
+                path=os.path.relpath(job.parent_folder(name), job.directory),
+                sha256=parent.outputs_sha256(),
+            )
+            for name, parent in job.parents.items()
+        ),
+        data=_data_facts(job, result),
+        metrics=result.metrics,
+        outputs=manifests.sha256_outputs(job.directory, result.outputs),
+        wandb_id=job.tracker.id if job.tracker is not None else None,
+        started=started,
+        finished=_now(),
+    )
+    manifests.write_manifest(job.directory, manifest)
+
+
+def _data_facts(job: StageJob, result: StageResult) -> tuple[DataFacts, ...]:
+    """Return the facts of all sources, and of each section whose rows tokenising has reduced."""
+    facts = [fact for loaded in job.data.values() for fact in loaded.facts]
+    for name, dropped in result.dropped.items():
+        if dropped:
+            rows = _rows(job.data[name])
+            facts.append(
+                DataFacts(
+                    id=f"{name} as tokens",
+                    rows=rows,
+                    sha256="",
+                    kept=rows - dropped.total(),
+                    dropped=dict(dropped),
+                )
+            )
+    return tuple(facts)
+
+
+def _seed(recipe: Recipe) -> None:
+    """Fix the thread count and every global generator, before any parameter exists."""
+    import numpy
+    import torch
+
+    if recipe.run.threads is not None:
+        torch.set_num_threads(recipe.run.threads)
+    random.seed(recipe.seed)
+    numpy.random.seed(recipe.seed % 2**32)
+    torch.manual_seed(recipe.seed)
+
+
+def _quiet_libraries() -> None:
+    """Turn off the libraries' progress bars, advice and telemetry; errors still show."""
+    for name, value in (
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"),
+        ("DATASETS_VERBOSITY", "error"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(name, value)
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
+
+
+def _catch_signals() -> None:
+    def stop(signum: int, frame: FrameType | None) -> NoReturn:
+        # A second signal ends the process at once.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        raise Stopped(signum)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.stage", description="Run one stage of a recipe."
+    )
+    parser.add_argument("stage", choices=stages.STAGES)
+    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--force", action="store_true", help="redo a finished stage")
+    parser.add_argument("--debug", action="store_true", help="show stack traces")
+    return parser
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, AlignError):
+        return str(error)
+    return f"{type(error).__name__}: {error} (--debug shows where)"
+
+
+def _summary(stage: str, name: str, loaded: LoadedData) -> str:
+    rows = sum(fact.rows for fact in loaded.facts)
+    kept = sum(fact.kept for fact in loaded.facts)
+    dropped: Counter[str] = Counter()
+    for fact in loaded.facts:
+        dropped.update(fact.dropped)
+    text = f"{stage}  data.{name}  rows {rows}  kept {kept}  dropped {dropped.total()}"
+    if dropped:
+        text += f" ({_reasons(dropped)})"
+    return f"{text}  train {len(loaded.train)}  heldout {len(loaded.heldout)}"
+
+
+def _rows(loaded: LoadedData) -> int:
+    return len(loaded.train) + len(loaded.heldout)
+
+
+def _reasons(dropped: Counter[str]) -> str:
+    return ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items()))
+
+
+def _final(metrics: dict[str, float]) -> str:
+    return format_values(metrics) or "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+if __name__ == "__main__":
+    # Under its own name, so that a stage's module that imports this one gets the same classes.
+    sys.exit(importlib.import_module("pipelines.stage").main())
