@@ -1,0 +1,111 @@
+"""What a run directory says about itself: manifests, metrics and samples of every stage in it.
+
+Nothing here loads a model or needs the recipe: a tree that was copied from elsewhere reads the same.
+"""
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from align.errors import InputError
+from align.manifest import FILE, Manifest, read_manifest
+from align.recipe import StageName
+from align.stages import STAGES
+
+
+@dataclass(frozen=True, slots=True)
+class StageFacts:
+    """One stage of a run, finished or begun."""
+
+    stage: StageName
+    directory: Path
+    manifest: Manifest | None  # None: begun, not finished
+    rows: list[dict[str, float]]  # metrics.jsonl: one row per logged step, steps rising
+    samples: list[dict[str, Any]]
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Return the steps and the values of one metric, where it was logged."""
+        points = [(row["step"], row[key]) for row in self.rows if key in row]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def final(self) -> dict[str, float]:
+        """Return the final metrics; of an unfinished stage, nothing."""
+        return self.manifest.metrics if self.manifest else {}
+
+    def seconds(self) -> float | None:
+        """Return how long the stage took from start to finish."""
+        if self.manifest is None:
+            return None
+        started, finished = self.manifest.started, self.manifest.finished
+        return (datetime.fromisoformat(finished) - datetime.fromisoformat(started)).total_seconds()
+
+
+Run = dict[StageName, StageFacts]
+
+
+def read_run(directory: Path) -> Run:
+    """Read all stages of a run, in their order, parents in other runs included.
+
+    Raises:
+        InputError: there is no such directory, or no stage in it.
+        ParentError: a manifest cannot be read.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such run directory")
+    folders = {stage: directory / stage for stage in STAGES if _begun(directory / stage)}
+    if not folders:
+        raise InputError(
+            f"{directory}: no stage in it has begun; a run directory holds folders named"
+            f" {', '.join(STAGES)} with a {FILE} in each"
+        )
+    run: Run = {}
+    waiting = list(folders)
+    while waiting:
+        stage = waiting.pop()
+        run[stage] = _read_stage(stage, folders[stage])
+        manifest = run[stage].manifest
+        for parent in manifest.parents if manifest else ():
+            folder = folders[stage] / parent.path
+            if parent.stage not in folders and (folder / FILE).is_file():
+                folders[parent.stage] = folder
+                waiting.append(parent.stage)
+    return {stage: run[stage] for stage in STAGES if stage in run}
+
+
+def _begun(folder: Path) -> bool:
+    return (folder / FILE).is_file() or (folder / "metrics.jsonl").is_file()
+
+
+def _read_stage(stage: StageName, folder: Path) -> StageFacts:
+    manifest = read_manifest(folder, stage) if (folder / FILE).is_file() else None
+    by_step: dict[float, dict[str, float]] = {}
+    for row in _read_rows(folder / "metrics.jsonl"):
+        if isinstance(row.get("step"), int | float):
+            by_step.setdefault(row["step"], {}).update(_numbers(row))
+    rows = [by_step[step] for step in sorted(by_step)]
+    return StageFacts(stage, folder, manifest, rows, _read_rows(folder / "samples.jsonl"))
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if isinstance(value, int | float)}
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a JSONL file; absent: no rows. A last line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}:{number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: a JSON object is needed, found {line[:40]}")
+        rows.append(row)
+    return rows
