@@ -12,17 +12,28 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from align.errors import AlignError
+from align.adapters import WEIGHTS as ADAPTER_FILE
+from align.adapters import lora_config, save_adapter
+from align.errors import AlignError, ParentError
+from align.recipe import Adapter
+from align.sequences import position_ids
 
-ADAPTER_FILE = "adapter_model.safetensors"
 SCORE_FILE = "score.json"
 HEAD_KEY = "base_model.model.score.weight"
+
+
+# The only tensors of an adapter file that belong to the adapter itself.
+LORA = ".lora_"
 
 
 class RewardModelError(AlignError):
@@ -43,11 +54,6 @@ def last_hidden(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = (positions * attention_mask.long()).argmax(dim=1)
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), last.to(hidden.device)]
-
-
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """Return ``[B, T]`` positions that count real tokens from 0, whatever side is padded."""
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 class ScoreHead(nn.Module):
@@ -78,14 +84,15 @@ class ScoreHead(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 def new_score_weight(hidden_size: int, seed: int) -> Tensor:
-    """Draw a head's first weight ``[1, H]`` from N(0, 1 / (H + 1)), standard deviation squared.
+    """Draw a head's first weight ``[1, H]``: normal with standard deviation 1 / sqrt(H + 1).
 
-    So that first scores have a spread of about 1 (Stiennon et al. 2020 in their code; Huang et al.
-    2024, detail 11). From its own generator: the draw depends on the seed alone.
+    As in the code of Stiennon et al. 2020 and in Huang et al. 2024, detail 11. From a generator of
+    its own: the draw depends on the seed alone.
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1)
@@ -149,3 +156,136 @@ def read_calibration(folder: str | Path) -> tuple[float, float]:
     if not (math.isfinite(shift) and math.isfinite(scale) and scale > 0):
         raise RewardModelError(f"{path}: shift={shift} scale={scale}; finite, scale > 0 needed")
     return shift, scale
+
+
+class RewardModel(nn.Module):
+    """A sequence classifier with a LoRA adapter, scored at the last real token in float32."""
+
+    def __init__(self, classifier: PeftModel, head: ScoreHead) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.head = head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Score rows of prompt and response.
+
+        Args:
+            input_ids: ``[B, T]`` long; what fills the padding has no effect.
+            attention_mask: ``[B, T]``, True for real tokens; padding on either side.
+
+        Returns:
+            ``[B]`` float32.
+        """
+        classifier: Any = self.classifier.get_base_model()
+        hidden = classifier.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask.long(),
+            position_ids=position_ids(attention_mask),
+            use_cache=False,
+            return_dict=True,
+        ).last_hidden_state
+        scores: Tensor = self.head(last_hidden(hidden, attention_mask))
+        return scores
+
+    def save(self, folder: Path, base: str) -> None:
+        """Write the adapter with its head, and ``score.json``, into a fresh folder.
+
+        Args:
+            base: where the base was loaded from; see ``align.adapters.save_adapter``.
+        """
+        save_adapter(self.classifier, folder, base=base)
+        write_calibration(folder, self.head.shift.item(), self.head.scale.item())
+
+
+def new_reward_model(
+    causal_lm: PreTrainedModel, adapter: Adapter, sft_folder: Path, seed: int
+) -> RewardModel:
+    """Start a reward model from the SFT model: its base, its adapter, and a random score head.
+
+    Args:
+        causal_lm: the base; its backbone is used as it is, without a copy.
+        adapter: the recipe's section; has to fit what the SFT stage trained.
+        sft_folder: holds the SFT adapter; the backbone's parameter names are the same in a causal
+            language model and in a sequence classifier, so its tensors fit as they are.
+        seed: of the head's first weight; nothing else is random here.
+
+    Raises:
+        ParentError: the SFT adapter does not fit this base or this adapter section.
+    """
+    classifier = _classifier(causal_lm)
+    with torch.no_grad():
+        classifier.score.weight.copy_(new_score_weight(classifier.score.in_features, seed))
+    config = lora_config(adapter, "SEQ_CLS", classifier)
+    model = RewardModel(*_with_head(PeftModel(classifier, config)))
+    _start_from(model.classifier, sft_folder)
+    return model
+
+
+def load_reward_model(causal_lm: PreTrainedModel, folder: str | Path) -> RewardModel:
+    """Load a saved reward model, frozen and in evaluation mode.
+
+    Args:
+        causal_lm: the base that it was trained on; its backbone is used without a copy.
+
+    Raises:
+        RewardModelError: the folder is incomplete.
+        ParentError: the adapter does not fit the base.
+    """
+    head = load_score_head(folder)
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    classifier, live = _with_head(PeftModel(_classifier(causal_lm), config))
+    _start_from(classifier, Path(folder))
+    if live.weight.shape != head.weight.shape:
+        raise ParentError(
+            f"{folder}: its score head has {head.weight.shape[1]} inputs; the base gives"
+            f" {live.weight.shape[1]}"
+        )
+    live.load_state_dict(head.state_dict())
+    return RewardModel(classifier, live).requires_grad_(False).eval()
+
+
+def _classifier(causal_lm: PreTrainedModel) -> Any:
+    """Return a sequence classifier around the model's own backbone, with an empty fp32 head."""
+    config = causal_lm.config
+    config.num_labels = 1
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(config)
+    setattr(classifier, classifier.base_model_prefix, causal_lm.base_model)
+    hidden_size = classifier.score.in_features
+    classifier.score = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32)
+    return classifier.to(causal_lm.device).requires_grad_(False).eval()
+
+
+def _with_head(classifier: PeftModel) -> tuple[PeftModel, ScoreHead]:
+    """Return the classifier and a head that shares its weight with the one that PEFT saves."""
+    base: Any = classifier.get_base_model()
+    saved = base.score.modules_to_save["default"]
+    head = ScoreHead(saved.in_features).to(saved.weight.device)
+    head.weight = saved.weight
+    return classifier, head
+
+
+def _start_from(classifier: PeftModel, folder: Path) -> None:
+    """Copy a folder's LoRA tensors, all of them, onto the classifier's."""
+    path = folder / ADAPTER_FILE
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ParentError(f"{path}: cannot be read: {error}") from None
+    tensors = {name: value for name, value in tensors.items() if LORA in name}
+    ours = get_peft_model_state_dict(classifier, save_embedding_layers=False)
+    expected = {name: value.shape for name, value in ours.items() if LORA in name}
+    found = {name: value.shape for name, value in tensors.items()}
+    if found != expected:
+        name = min(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+        raise ParentError(
+            f"{path}: does not fit the adapter on this base: {name} is"
+            f" {_shape(found.get(name))} in the file; {_shape(expected.get(name))} is needed."
+            " Use the same base and adapter section in all stages"
+        )
+    set_peft_model_state_dict(classifier, ours | tensors)
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else str(tuple(shape))

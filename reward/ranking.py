@@ -1,8 +1,8 @@
 """Losses and accuracies of ranked responses: pure functions on scores.
 
 Responses lie flat, the ones of a prompt next to each other or not: ``scores[i]`` belongs to the
-prompt ``groups[i]`` and ``targets[i]`` says how good its annotator found it (higher is better, equal
-is a tie). So prompts may have unequal numbers of responses and nothing is ever padded.
+prompt ``groups[i]`` and ``targets[i]`` says how good its annotator found it (higher is better,
+equal is a tie). So prompts may have unequal numbers of responses and nothing is ever padded.
 """
 
 import math
@@ -99,7 +99,7 @@ def ranking_loss(
 def count_rankings(groups: Tensor, targets: Tensor) -> Tensor:
     """Return how many prompts have a pair with a winner: the G of ``ranking_loss``, a scalar."""
     better, _ = strict_pairs(groups, targets)
-    return torch.unique(groups[better]).numel() * torch.ones((), device=groups.device)
+    return (torch.bincount(groups[better], minlength=1) > 0).sum()
 
 
 def pair_outcomes(scores: Tensor, groups: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,8 +112,8 @@ def pair_outcomes(scores: Tensor, groups: Tensor, targets: Tensor) -> tuple[Tens
         ``owners`` ``[M]`` long: the prompt of each pair.
     """
     better, worse = strict_pairs(groups, targets)
-    difference = scores[better] - scores[worse]
-    return (torch.sign(difference).float() + 1) / 2, groups[better]
+    order: Tensor = torch.sign(scores[better] - scores[worse]).float()
+    return (order + 1) / 2, groups[better]
 
 
 def mean_margin(scores: Tensor, groups: Tensor, targets: Tensor) -> float:
@@ -130,8 +130,9 @@ def share_with_interval(outcomes: Tensor, owners: Tensor) -> Interval:
 
         n = p (1 - p) / var(p),    var(p) = sum_g (sum_(i in g) (x_i - p))^2 / M^2
 
-    (the cluster-robust variance; Korn and Graubard 1998 build intervals for surveys so), kept
-    between the number of prompts and M when all pairs agree, and never above M.
+    (the cluster-robust variance; Korn and Graubard 1998 build intervals for surveys so), never
+    above M. Where the formula has nothing to measure, as with all pairs right, n is the number of
+    prompts.
 
     Args:
         outcomes: ``[M]`` in [0, 1].
@@ -159,5 +160,4 @@ def _effective_count(deviations: Tensor, owners: Tensor, variance: float) -> flo
     spread = float((sums**2).sum()) / count**2
     if spread == 0 or variance == 0:
         return float(sums.numel())
-    # Fewer than one prompt's worth of information cannot be, nor more than all pairs'.
     return min(float(count), max(1.0, variance / spread))

@@ -1,0 +1,56 @@
+"""Scoring many responses: batches of similar length, results in the order given."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# (input_ids [B, T], attention_mask [B, T] bool) -> scores [B]
+ScoreFunction = Callable[[Tensor, Tensor], Tensor]
+Row = tuple[list[int], list[int]]
+
+
+def score_rows(
+    score: ScoreFunction,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    pad_id: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Score prompts with their responses, without gradients.
+
+    A response's score does not depend on the other rows, nor on the order (up to float32
+    rounding): padding is masked by length, never recognised by its id.
+
+    Args:
+        score: for example a ``RewardModel``.
+        rows: token ids of prompt and response; together at least one.
+        batch_size: rows per forward pass; only speed and memory depend on it.
+        pad_id: what fills shorter rows; has no effect on the scores.
+
+    Returns:
+        ``[N]`` float32 on the CPU, in the order of ``rows``.
+    """
+    joined = [prompt + response for prompt, response in rows]
+    # Longest first: if a batch does not fit into memory, it is the first one.
+    order = sorted(range(len(joined)), key=lambda i: -len(joined[i]))
+    scores = torch.empty(len(joined), dtype=torch.float32)
+    for start in range(0, len(order), batch_size):
+        members = order[start : start + batch_size]
+        input_ids, attention_mask = pad_rows([joined[i] for i in members], pad_id)
+        with torch.no_grad():
+            batch = score(input_ids.to(device), attention_mask.to(device))
+        scores[members] = batch.float().cpu()
+    return scores
+
+
+def pad_rows(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Pad rows on the right: ``input_ids`` [B, T] long and ``attention_mask`` [B, T] bool."""
+    width = max(map(len, rows))
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+        attention_mask[index, : len(row)] = True
+    return input_ids, attention_mask

@@ -1,0 +1,238 @@
+"""Ranking losses and accuracies against hand arithmetic and naive loops."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from reward.ranking import (
+    count_rankings,
+    mean_margin,
+    pair_losses,
+    pair_outcomes,
+    ranking_loss,
+    share_with_interval,
+    strict_pairs,
+)
+
+LN2 = math.log(2)
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+def naive_loss(
+    scores: list[float], groups: list[int], targets: list[float], margins: dict[int, float]
+) -> float:
+    """InstructGPT's loss as its formula reads: loop over prompts, then over their pairs."""
+    means = []
+    for group in sorted(set(groups)):
+        members = [i for i in range(len(groups)) if groups[i] == group]
+        top = max(targets[i] for i in members)
+        losses = []
+        for i, j in itertools.permutations(members, 2):
+            if targets[i] > targets[j]:
+                margin = margins.get(group, 0.0) if targets[i] == top else 0.0
+                losses.append(softplus(-(scores[i] - scores[j] - margin)))
+        if losses:
+            means.append(sum(losses) / len(losses))
+    return sum(means) / len(means) if means else 0.0
+
+
+def random_groups(seed: int) -> tuple[list[float], list[int], list[float]]:
+    generator = torch.Generator().manual_seed(seed)
+    groups = [g for g, k in enumerate((2, 9, 1, 4, 3)) for _ in range(k)]
+    scores = torch.randn(len(groups), generator=generator).tolist()
+    targets = torch.randint(0, 4, (len(groups),), generator=generator).float().tolist()
+    return scores, groups, targets
+
+
+def test_one_pair_by_hand() -> None:
+    # sigmoid(1) = 0.7310585786; -ln of it = 0.3132616875
+    loss = pair_losses(torch.tensor([2.0]), torch.tensor([1.0]))
+    assert loss.item() == pytest.approx(0.3132616875, abs=1e-7)
+
+
+def test_margin_moves_the_difference() -> None:
+    # 2 - 1 - 1 = 0: ln 2
+    loss = pair_losses(torch.tensor([2.0]), torch.tensor([1.0]), torch.tensor([1.0]))
+    assert loss.item() == pytest.approx(LN2, abs=1e-7)
+
+
+def test_equal_inputs_give_ln_2_and_no_gradient() -> None:
+    # The same response on both sides, so one score enters twice.
+    score = torch.tensor([0.7], requires_grad=True)
+    loss = pair_losses(score, score).sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(LN2, abs=1e-7)
+    assert score.grad is not None
+    assert score.grad.item() == 0.0
+
+
+def test_far_apart_scores_neither_overflow_nor_lose_the_gradient() -> None:
+    scores = torch.tensor([-200.0, 200.0], requires_grad=True)
+    loss = ranking_loss(scores, torch.tensor([0, 0]), torch.tensor([1.0, 0.0]))
+    loss.backward()
+    assert loss.item() == 400.0
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [-1.0, 1.0]
+
+
+def test_half_precision_scores_are_computed_in_float32() -> None:
+    scores = torch.tensor([1.0, 0.5], dtype=torch.bfloat16)
+    loss = ranking_loss(scores, torch.tensor([0, 0]), torch.tensor([1.0, 0.0]))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(softplus(-0.5), abs=1e-7)
+
+
+def test_three_responses_by_hand() -> None:
+    # targets 2 > 1 > 0, scores 1, 0, -1: differences 1, 2, 1
+    loss = ranking_loss(
+        torch.tensor([1.0, 0.0, -1.0]), torch.zeros(3).long(), torch.tensor([2.0, 1.0, 0.0])
+    )
+    assert loss.item() == pytest.approx((0.3132616875 + 0.1269280110 + 0.3132616875) / 3, abs=1e-7)
+
+
+def test_margin_counts_in_the_pairs_of_the_best_response_only() -> None:
+    # As above with margin 1: the pairs (1,2) and (1,3) become 0 and 1, the pair (2,3) stays 1.
+    loss = ranking_loss(
+        torch.tensor([1.0, 0.0, -1.0]),
+        torch.zeros(3).long(),
+        torch.tensor([2.0, 1.0, 0.0]),
+        margins=torch.tensor([1.0]),
+    )
+    assert loss.item() == pytest.approx((LN2 + 0.3132616875 + 0.3132616875) / 3, abs=1e-7)
+
+
+def test_a_missing_margin_is_zero() -> None:
+    arguments = (torch.tensor([1.0, 0.0]), torch.zeros(2).long(), torch.tensor([1.0, 0.0]))
+    with_nan = ranking_loss(*arguments, margins=torch.tensor([math.nan]))
+    assert with_nan.item() == ranking_loss(*arguments).item()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_unequal_groups_agree_with_the_loop(seed: int) -> None:
+    scores, groups, targets = random_groups(seed)
+    margins = {0: 0.5, 1: 1.0, 2: 3.0, 3: 0.0, 4: 0.25}
+    loss = ranking_loss(
+        torch.tensor(scores),
+        torch.tensor(groups),
+        torch.tensor(targets),
+        margins=torch.tensor([margins[g] for g in range(5)]),
+    )
+    assert loss.item() == pytest.approx(naive_loss(scores, groups, targets, margins), abs=1e-6)
+
+
+def test_an_all_tied_prompt_changes_nothing() -> None:
+    pair = ranking_loss(torch.tensor([1.0, 0.0]), torch.zeros(2).long(), torch.tensor([1.0, 0.0]))
+    scores = torch.tensor([1.0, 0.0, 5.0, -3.0], requires_grad=True)
+    both = ranking_loss(scores, torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 0.0, 2.0, 2.0]))
+    both.backward()
+    assert both.item() == pytest.approx(pair.item(), abs=1e-7)
+    assert scores.grad is not None
+    assert scores.grad[2:].tolist() == [0.0, 0.0]
+
+
+def test_only_ties_give_zero_and_a_zero_gradient() -> None:
+    scores = torch.tensor([1.0, 0.0], requires_grad=True)
+    loss = ranking_loss(scores, torch.zeros(2).long(), torch.tensor([1.0, 1.0]))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_constant_shift_changes_nothing(seed: int) -> None:
+    scores, groups, targets = (torch.tensor(x) for x in random_groups(seed))
+    shifted = ranking_loss(scores + 3.0, groups, targets)
+    assert shifted.item() == pytest.approx(ranking_loss(scores, groups, targets).item(), abs=1e-6)
+
+
+def test_parts_add_up_to_the_whole() -> None:
+    scores, groups, targets = (torch.tensor(x) for x in random_groups(1))
+    whole_scores = scores.clone().requires_grad_()
+    whole = ranking_loss(whole_scores, groups, targets)
+    whole.backward()
+    count = count_rankings(groups, targets)
+    parts_scores = scores.clone().requires_grad_()
+    total = 0.0
+    for members in (groups < 1, groups == 1, groups > 1):
+        local = torch.unique(groups[members], return_inverse=True)[1]
+        part = ranking_loss(parts_scores[members], local, targets[members], num_rankings=count)
+        part.backward()
+        total += part.item()
+    assert total == pytest.approx(whole.item(), abs=1e-6)
+    torch.testing.assert_close(parts_scores.grad, whole_scores.grad)
+
+
+def test_swapping_a_pair_negates_the_margin() -> None:
+    groups, scores = torch.tensor([0, 0]), torch.tensor([1.5, 0.25])
+    assert mean_margin(scores, groups, torch.tensor([1.0, 0.0])) == 1.25
+    assert mean_margin(scores, groups, torch.tensor([0.0, 1.0])) == -1.25
+
+
+def test_strict_pairs_skip_ties_and_other_prompts() -> None:
+    better, worse = strict_pairs(torch.tensor([0, 1, 0, 0]), torch.tensor([3.0, 0.0, 1.0, 3.0]))
+    assert sorted(zip(better.tolist(), worse.tolist(), strict=True)) == [(0, 2), (3, 2)]
+
+
+def test_outcomes_count_equal_scores_half() -> None:
+    groups = torch.tensor([0, 0, 1, 1, 2, 2])
+    targets = torch.tensor([1.0, 0.0] * 3)
+    scores = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 2.0])
+    outcomes, owners = pair_outcomes(scores, groups, targets)
+    assert outcomes.tolist() == [1.0, 0.0, 0.5]
+    assert owners.tolist() == [0, 1, 2]
+
+
+def test_longer_wins_is_the_outcome_of_the_lengths() -> None:
+    outcomes, _ = pair_outcomes(
+        torch.tensor([7, 3]), torch.tensor([0, 0]), torch.tensor([0.0, 1.0])
+    )
+    assert outcomes.tolist() == [0.0]
+
+
+def test_interval_of_independent_pairs_is_wilsons() -> None:
+    # 70 of 100 right, one pair per prompt. Wilson by hand with z = 1.6448536: center
+    # (0.7 + 2.705543/200) / 1.02705543 = 0.694732, half width
+    # 1.6448536/1.02705543 * sqrt(0.21/100 + 2.705543/40000) = 0.074564.
+    outcomes = torch.tensor([1.0] * 70 + [0.0] * 30)
+    interval = share_with_interval(outcomes, torch.arange(100))
+    assert interval.mean == pytest.approx(0.7)
+    assert interval.low == pytest.approx(0.694732 - 0.074564, abs=2e-6)
+    assert interval.high == pytest.approx(0.694732 + 0.074564, abs=2e-6)
+
+
+def test_copies_of_a_pair_add_no_certainty() -> None:
+    outcomes = torch.tensor([1.0] * 70 + [0.0] * 30)
+    once = share_with_interval(outcomes, torch.arange(100))
+    six_times = share_with_interval(outcomes.repeat(6), torch.arange(100).repeat(6))
+    assert six_times == pytest.approx(once, abs=1e-12)
+
+
+def test_all_right_is_not_certain() -> None:
+    # Wilson at p = 1: low = n / (n + z^2), here with n = 10 prompts of 3 pairs.
+    interval = share_with_interval(torch.ones(30), torch.arange(10).repeat(3))
+    assert interval == pytest.approx((1.0, 10 / 12.705543, 1.0), abs=1e-6)
+
+
+def test_no_pair_gives_nan() -> None:
+    interval = share_with_interval(torch.zeros(0), torch.zeros(0).long())
+    assert all(math.isnan(value) for value in interval)
+
+
+def test_interval_covers_the_truth_about_nine_times_in_ten() -> None:
+    # 60 prompts of 6 pairs that mostly agree within a prompt (beta(2, 1) accuracy per prompt,
+    # true mean 2/3); an interval that takes the 360 pairs as independent covers 73 %.
+    generator = torch.Generator().manual_seed(0)
+    owners = torch.arange(60).repeat_interleave(6)
+    covered = 0
+    for _ in range(300):
+        share = torch.rand(60, generator=generator).sqrt()[owners]
+        outcomes = (torch.rand(360, generator=generator) < share).float()
+        interval = share_with_interval(outcomes, owners)
+        covered += interval.low <= 2 / 3 <= interval.high
+    assert 0.86 <= covered / 300 <= 0.94
