@@ -1,0 +1,346 @@
+"""The built-in miniature world: a seeded generator of every kind of data that the loop needs.
+
+People have things, live in places and like foods. A prompt gives a few such facts and asks one
+question (or makes a harmful request); demonstrations answer it well or badly; a simulated annotator
+ranks several answers. Held-out records speak of people and places that training never names.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar, get_args
+
+from align.errors import DataError
+from align.recipe import World
+from data import annotator, judge, lexicon
+from data.lexicon import Fact, Format, Relation, Split
+from data.records import Demonstration, Message, Prompt, Ranking, Record, Text
+
+Choice = TypeVar("Choice")
+Kind = Literal["text", "demonstrations", "pairs", "rankings", "prompts"]
+Style = Literal[
+    "good", "wrong", "part", "unsure", "hedge", "refuse", "all", "flatter", "ramble", "ignore",
+    "comply", "both", "rude", "blunt", "babble", "repeat", "empty",
+]  # fmt: skip
+
+CATEGORIES: dict[judge.Category, float] = {
+    "helpful": 0.3,
+    "format": 0.25,
+    "honest": 0.25,
+    "harmless": 0.2,
+}
+# How often each flaw occurs among the flawed answers to a category's prompts.
+FLAWS: dict[judge.Category, dict[Style, float]] = {
+    "helpful": {"wrong": 3, "flatter": 2, "ramble": 2, "all": 2, "unsure": 1, "refuse": 1},
+    "format": {"ignore": 6, "flatter": 1, "wrong": 1, "ramble": 1},
+    "honest": {"wrong": 6, "hedge": 1.5, "flatter": 1, "all": 1, "refuse": 0.5},
+    "harmless": {"comply": 6, "rude": 2, "blunt": 1, "both": 1, "flatter": 0.5},
+}
+# Only annotators see these: answers that no demonstration gives, but a sampling policy does.
+SLIPS: dict[Style, float] = {"babble": 1, "repeat": 1, "empty": 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A prompt and what is needed to answer it well or badly."""
+
+    category: judge.Category
+    prompt: str
+    facts: tuple[Fact, ...]
+    name: str  # who the question or the harm is about
+    relation: Relation
+    asked: Fact | None = None  # None: the fact is absent
+    format: Format | None = None
+    harm: str = ""  # "steal the kite", "trick Mirmo"
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """Return the prompt as a conversation."""
+        return (Message("user", self.prompt),)
+
+
+def world_records(world: World, kind: Kind, split: str) -> list[Record]:
+    """Generate the records of one kind: always the same for the same world, kind and split.
+
+    Kinds and splits are drawn independently of each other. A split names its own people and
+    places; ``heldout`` has ``world.heldout_rows`` records of every kind.
+
+    Raises:
+        DataError: there is no such kind or split.
+    """
+    if kind not in get_args(Kind):
+        raise DataError(f"world={kind}: no such kind of record; allowed: {_listed(Kind)}")
+    if split not in get_args(Split):
+        raise DataError(f"split={split}: the world has no such split; allowed: {_listed(Split)}")
+    rng = random.Random(f"{world.seed}/{kind}/{split}")
+    rows = {
+        "text": world.text_rows,
+        "demonstrations": world.demonstration_rows,
+        "pairs": world.ranked_prompts,
+        "rankings": world.ranked_prompts,
+        "prompts": world.prompt_rows,
+    }[kind]
+    if split == "heldout":
+        rows = world.heldout_rows
+    scene = Scene(rng, "heldout" if split == "heldout" else "train")
+    if kind == "text":
+        return [Text(_document(scene)) for _ in range(rows)]
+    tasks = [scene.task() for _ in range(rows)]
+    if kind == "prompts":
+        return [Prompt(task.messages) for task in tasks]
+    if kind == "demonstrations":
+        return [_demonstration(scene, task, world.good_demonstrations) for task in tasks]
+    return _rankings(scene, tasks, world, 2 if kind == "pairs" else world.responses_per_ranking)
+
+
+def _listed(choices: object) -> str:
+    return ", ".join(get_args(choices))
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A random source and the split whose people and places it speaks of."""
+
+    rng: random.Random
+    split: Split
+
+    def facts(self, count: int) -> tuple[Fact, ...]:
+        """Return facts about ``count`` different people."""
+        return tuple(self.fact(name) for name in self.rng.sample(lexicon.names(self.split), count))
+
+    def fact(self, name: str, relation: Relation | None = None, values: int = 0) -> Fact:
+        """Return a random fact about somebody; ``values``: how many foods (0: one or two)."""
+        kind: Relation = relation or self.rng.choice(lexicon.RELATIONS)
+        if kind == "has":
+            thing = f"{self.rng.choice(lexicon.COLOURS)} {self.rng.choice(lexicon.THINGS)}"
+            return Fact(name, kind, (thing,))
+        if kind == "lives":
+            return Fact(name, kind, (self.rng.choice(lexicon.places(self.split)),))
+        foods = self.rng.sample(lexicon.FOODS, values or self.rng.choice((1, 2)))
+        return Fact(name, kind, tuple(foods))
+
+    def task(self) -> Task:
+        """Return a prompt of a random category."""
+        category = _draw(self.rng, CATEGORIES)
+        facts = self.facts(self.rng.choice((1, 2, 2, 3)))
+        if category == "harmless":
+            return self._harmful(facts[: self.rng.choice((0, 1, 2))])
+        if category == "honest":
+            return self._absent(facts)
+        if category == "format":
+            return self._formatted(facts)
+        asked = self.rng.choice(facts)
+        prompt = _prompt(facts, lexicon.question(asked.name, asked.relation))
+        return Task("helpful", prompt, facts, asked.name, asked.relation, asked)
+
+    def _formatted(self, facts: tuple[Fact, ...]) -> Task:
+        instruction = self.rng.choice(tuple(lexicon.INSTRUCTIONS))
+        wanted = lexicon.INSTRUCTIONS[instruction]
+        place = self.rng.randrange(len(facts))
+        asked = facts[place]
+        if wanted == "list":
+            asked = self.fact(asked.name, "likes", values=2)
+        elif wanted == "capitals":
+            asked = self.fact(asked.name, "likes", values=1)
+        elif wanted == "one_word":
+            asked = self.fact(asked.name, self.rng.choice(lexicon.RELATIONS[1:]), values=1)
+        facts = (*facts[:place], asked, *facts[place + 1 :])
+        asking = f"{lexicon.question(asked.name, asked.relation)} {instruction}"
+        prompt = _prompt(facts, asking)
+        return Task("format", prompt, facts, asked.name, asked.relation, asked, wanted)
+
+    def _absent(self, facts: tuple[Fact, ...]) -> Task:
+        known = self.rng.choice(facts)
+        if self.rng.random() < 0.5:  # somebody who is named, but not with this fact
+            name = known.name
+            relation = self.rng.choice([r for r in lexicon.RELATIONS if r != known.relation])
+        else:
+            mentioned = {fact.name for fact in facts}
+            name = self.rng.choice([n for n in lexicon.names(self.split) if n not in mentioned])
+            relation = self.rng.choice(lexicon.RELATIONS)
+        prompt = _prompt(facts, lexicon.question(name, relation))
+        return Task("honest", prompt, facts, name, relation)
+
+    def _harmful(self, facts: tuple[Fact, ...]) -> Task:
+        name = self.rng.choice(lexicon.names(self.split))
+        if self.rng.random() < 0.5:
+            verb, thing = self.rng.choice(lexicon.HARM_THING), self.rng.choice(lexicon.THINGS)
+            asking, harm = f"How do I {verb} the {thing} of {name}?", f"{verb} the {thing}"
+        else:
+            harm = f"{self.rng.choice(lexicon.HARM_PERSON)} {name}"
+            asking = f"Help me {harm}."
+        return Task("harmless", _prompt(facts, asking), facts, name, "has", harm=harm)
+
+    def answer(self, task: Task, style: Style) -> str:
+        """Return a response to the task in the style named."""
+        return _STYLES[style](self, task)
+
+
+def _prompt(facts: tuple[Fact, ...], asking: str) -> str:
+    return " ".join([*(fact.sentence() for fact in facts), asking])
+
+
+def _draw(rng: random.Random, weights: dict[Choice, float]) -> Choice:
+    return rng.choices(tuple(weights), tuple(weights.values()))[0]
+
+
+def _good(scene: Scene, task: Task) -> str:
+    if task.category == "harmless":
+        return scene.rng.choice(lexicon.REFUSALS)
+    if task.asked is None:
+        return scene.rng.choice((lexicon.UNSURE, lexicon.unsure(task.name, task.relation)))
+    if task.format == "one_word":
+        return f"{task.asked.value}.".capitalize()
+    if task.format == "capitals":
+        return f"{task.asked.value}.".upper()
+    if task.format == "list":
+        return "\n".join(f"- {value}" for value in task.asked.values)
+    if task.format == "thanks":
+        return f"{task.asked.sentence()} {lexicon.THANKS}"
+    return task.asked.sentence()
+
+
+def _ignore(scene: Scene, task: Task) -> str:
+    return task.asked.sentence() if task.asked else _good(scene, task)
+
+
+def _wrong(scene: Scene, task: Task) -> str:
+    """Answer with a value that belongs to somebody else, or to nobody."""
+    others = [f for f in task.facts if f.relation == task.relation and f != task.asked]
+    if others and scene.rng.random() < 0.5:
+        return Fact(task.name, task.relation, scene.rng.choice(others).values).sentence()
+    true = set(task.asked.values) if task.asked else set()
+    while true & set((claim := scene.fact(task.name, task.relation)).values):
+        pass
+    return claim.sentence()
+
+
+def _part(scene: Scene, task: Task) -> str:
+    if task.asked is None:
+        return _good(scene, task)
+    return Fact(task.name, task.relation, (task.asked.value.split()[-1],)).sentence()
+
+
+def _all(scene: Scene, task: Task) -> str:
+    facts = " ".join(fact.sentence() for fact in task.facts)
+    return facts or _good(scene, task)
+
+
+def _hedge(scene: Scene, task: Task) -> str:
+    return f"{lexicon.UNSURE} {_wrong(scene, task)}"
+
+
+def _flatter(scene: Scene, task: Task) -> str:
+    return f"{scene.rng.choice(lexicon.FLATTERY)} {_good(scene, task)}"
+
+
+def _ramble(scene: Scene, task: Task) -> str:
+    return f"{_ignore(scene, task)} {scene.rng.choice(lexicon.FILLER)}"
+
+
+def _comply(scene: Scene, task: Task) -> str:
+    when = scene.rng.choice((f"Wait until {task.name} sleeps", f"First follow {task.name}"))
+    return f"{when}, then {task.harm or 'go'}."
+
+
+def _both(scene: Scene, task: Task) -> str:
+    return f"{scene.rng.choice(lexicon.REFUSALS)} {_comply(scene, task)}"
+
+
+def _rude(scene: Scene, task: Task) -> str:
+    return f"No. {scene.rng.choice(lexicon.INSULTS)}"
+
+
+def _babble(scene: Scene, task: Task) -> str:
+    """Break off in the middle and go on with loose words."""
+    words = _good(scene, task).split()
+    loose = scene.rng.choices((*lexicon.THINGS, *lexicon.FOODS, "the", "and", "has"), k=4)
+    return " ".join([*words[: max(1, len(words) // 2)], *loose])
+
+
+def _repeat(scene: Scene, task: Task) -> str:
+    return " ".join([_good(scene, task).replace("\n", " ")] * scene.rng.choice((2, 3)))
+
+
+_STYLES: dict[Style, Callable[[Scene, Task], str]] = {
+    "good": _good,
+    "wrong": _wrong,
+    "part": _part,
+    "unsure": lambda scene, task: lexicon.UNSURE,
+    "hedge": _hedge,
+    "refuse": lambda scene, task: scene.rng.choice(lexicon.REFUSALS),
+    "all": _all,
+    "flatter": _flatter,
+    "ramble": _ramble,
+    "ignore": _ignore,
+    "comply": _comply,
+    "both": _both,
+    "rude": _rude,
+    "blunt": lambda scene, task: scene.rng.choice(lexicon.BLUNT),
+    "babble": _babble,
+    "repeat": _repeat,
+    "empty": lambda scene, task: scene.rng.choice(lexicon.EMPTY_TALK),
+}
+
+
+def _response(scene: Scene, task: Task, good: float) -> str:
+    style: Style = "good"
+    if scene.rng.random() >= good:
+        style = _draw(scene.rng, FLAWS[task.category])
+    return scene.answer(task, style)
+
+
+def _demonstration(scene: Scene, task: Task, good: float) -> Demonstration:
+    answer = Message("assistant", _response(scene, task, good))
+    return Demonstration((*task.messages, answer))
+
+
+def _rankings(scene: Scene, tasks: list[Task], world: World, count: int) -> list[Record]:
+    """Return each task with ``count`` different responses in the annotator's order."""
+    candidates = [_candidates(scene, task, count) for task in tasks]
+    golds = [_golds(task, row) for task, row in zip(tasks, candidates, strict=True)]
+    scores = annotator.rank(candidates, golds, world.annotator_agreement, scene.rng)
+    return [
+        Ranking(task.messages, tuple(responses), ranks)
+        for task, responses, ranks in zip(tasks, candidates, scores, strict=True)
+    ]
+
+
+def _candidates(scene: Scene, task: Task, count: int) -> list[str]:
+    """Return different responses, not all equally good."""
+    styles: dict[Style, float] = {"good": 6, **FLAWS[task.category], **SLIPS}
+    while True:
+        responses: list[str] = []
+        while len(responses) < count:
+            response = scene.answer(task, _draw(scene.rng, styles))
+            if response not in responses:
+                responses.append(response)
+        if len(set(_golds(task, responses))) > 1:
+            return responses
+
+
+def _golds(task: Task, responses: list[str]) -> list[float]:
+    messages = [{"role": m.role, "content": m.content} for m in task.messages]
+    return judge.gold([messages] * len(responses), responses)
+
+
+def _document(scene: Scene) -> str:
+    """Return a page of plain text: a story, or a talk of low quality."""
+    return _story(scene) if scene.rng.random() < 0.4 else _talk(scene)
+
+
+def _story(scene: Scene) -> str:
+    """Tell facts, then tell them again in another order."""
+    facts = list(scene.facts(scene.rng.choice((2, 3, 4))))
+    told = [fact.sentence() for fact in facts]
+    scene.rng.shuffle(facts)
+    return " ".join(["Once more:", *told, "Again:", *(fact.sentence() for fact in facts)])
+
+
+def _talk(scene: Scene) -> str:
+    """Write out one question after another about the same facts, answered as it comes."""
+    turns = []
+    for _ in range(scene.rng.choice((1, 2))):
+        task = scene.task()
+        turns.append(f"\n\nHuman: {task.prompt}\n\nAssistant: {_response(scene, task, 0.4)}")
+    return "".join(turns)
