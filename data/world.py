@@ -110,7 +110,7 @@ class Scene:
 
     def fact(self, name: str, relation: Relation | None = None, values: int = 0) -> Fact:
         """Return a random fact about somebody; ``values``: how many foods (0: one or two)."""
-        kind: Relation = relation or self.rng.choice(lexicon.RELATIONS)
+        kind = self.rng.choice(lexicon.RELATIONS) if relation is None else relation
         if kind == "has":
             thing = f"{self.rng.choice(lexicon.COLOURS)} {self.rng.choice(lexicon.THINGS)}"
             return Fact(name, kind, (thing,))
