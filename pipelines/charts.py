@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
 
 from align.errors import AlignError
@@ -21,7 +21,7 @@ BASE, SFT, PPO = "#8b8f98", "#2f6fb3", "#c8552b"
 COLORS = {"base": BASE, "sft": SFT, "ppo": PPO}
 INK, MUTED, GRID = "#33373d", "#686d76", "#e4e6ea"
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "align",  # the same numbers give the same file
     "text.parse_math": False,  # a "$" in somebody's category name is a dollar
@@ -92,7 +92,7 @@ def line_chart(lines: Sequence[Line], *, name: str, x: str = "step", share: bool
         name: what the chart shows, for people who do not see it.
         share: the values are shares of 1 and drawn as per cent.
     """
-    with _chart(360, 210) as (figure, axes):
+    with _chart(360, 210) as (figure, (axes,)):
         for line in lines:
             smooth = running_mean(line.ys, window=len(line.ys) // 20)
             many = smooth != list(line.ys)
@@ -102,7 +102,7 @@ def line_chart(lines: Sequence[Line], *, name: str, x: str = "step", share: bool
             axes.plot(line.xs, smooth, color=line.color, label=line.label, marker=marker)
         axes.set_xlabel(x)
         axes.margins(x=0.02)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         if share:
             axes.yaxis.set_major_formatter(lambda value, _: f"{value * 100:.4g} %")
         if len(lines) > 1:
@@ -120,10 +120,10 @@ def category_chart(
         values: model -> one value per category, or None where it has none.
         name: what the chart shows, for people who do not see it.
     """
-    with _chart(520, 62 + 34 * len(categories)) as (figure, axes):
+    with _chart(520, 62 + 34 * len(categories)) as (figure, (axes,)):
         rows = range(len(categories))
         for row in rows:
-            present = [v[row] for v in values.values() if v[row] is not None]
+            present = [n for n in (v[row] for v in values.values()) if n is not None]
             if present:
                 axes.plot([min(present), max(present)], [row, row], color="#cdd1d7", linewidth=2)
         for model, numbers in values.items():
@@ -147,7 +147,7 @@ def category_chart(
 
 def interval_chart(bars: Sequence[Bar], *, chance: float, name: str) -> str:
     """Draw shares as dots with their intervals, and a line where guessing would stand."""
-    with _chart(460, 52 + 36 * len(bars)) as (figure, axes):
+    with _chart(460, 52 + 36 * len(bars)) as (figure, (axes,)):
         axes.axvline(chance, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         for row, bar in enumerate(bars):
             if bar.low is not None and bar.high is not None:
@@ -171,8 +171,7 @@ def overoptimisation_chart(probes: Sequence[Probe], *, name: str) -> str:
     the lower one is left out where there is no gold score.
     """
     gold = [p for p in probes if p.gold is not None]
-    with _chart(520, 400 if gold else 230, rows=2 if gold else 1) as (figure, axes):
-        panels = list(axes.flat) if gold else [axes]
+    with _chart(520, 400 if gold else 230, rows=2 if gold else 1) as (figure, panels):
         _path(panels[0], probes, [p.proxy for p in probes], SFT)
         panels[0].set_ylabel("proxy: what PPO sees")
         if gold:
@@ -239,8 +238,8 @@ def _legend_above(axes: "Axes", columns: int) -> None:
 
 
 @contextmanager
-def _chart(width: int, height: int, rows: int = 1) -> "Iterator[tuple[Figure, Axes]]":
-    """Make a figure with one axes, or an array of them sharing x, in the report's style."""
+def _chart(width: int, height: int, rows: int = 1) -> "Iterator[tuple[Figure, list[Axes]]]":
+    """Make a figure with axes under each other that share x, in the report's style."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -252,8 +251,8 @@ def _chart(width: int, height: int, rows: int = 1) -> "Iterator[tuple[Figure, Ax
     with matplotlib.rc_context(_STYLE):
         # matplotlib's unit is the point, 1/72 inch; the page shows one as one pixel.
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
-        axes = figure.subplots(rows, 1, sharex=True)
-        yield figure, axes
+        axes = figure.subplots(rows, 1, sharex=True, squeeze=False)
+        yield figure, list(axes[:, 0])
 
 
 def _svg(figure: "Figure", name: str) -> str:

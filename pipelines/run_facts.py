@@ -1,6 +1,6 @@
 """What a run directory says about itself: manifests, metrics and samples of every stage in it.
 
-Nothing here loads a model or needs the recipe: a tree that was copied from elsewhere reads the same.
+Nothing here loads a model or needs the recipe: a tree copied from elsewhere reads the same.
 """
 
 import json

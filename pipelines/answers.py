@@ -1,0 +1,141 @@
+"""Answers of one model to held-out prompts, and what can be measured on them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from align.functions import Chat
+from align.recipe import Evaluate
+from align.roles import Role
+from align.sequences import join
+from data.records import Prompt
+from data.render import IGNORED, Tokens
+from pipelines.load_roles import LoadedRoles
+from pipelines.rollout import Scorer, as_chat
+from pipelines.win_rate import bootstrap, perplexity, repeated_share
+
+Row = TypeVar("Row")
+
+# An answer is called repetitive when more than this share of its 4-grams stood in it before.
+REPETITIVE = 0.25
+
+GoldJudge = Callable[[list[Chat], list[str]], list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """One answer per prompt, in the order of the prompts."""
+
+    ids: list[list[int]]  # stop token included
+    texts: list[str]
+    ended: list[bool]
+    log_ratios: list[float] | None  # log p_model - log p_sft of the answer; None for greedy ones
+    scores: list[float] | None  # of the reward that PPO maximises
+    gold: list[float] | None
+
+
+@torch.no_grad()
+def answer(
+    loaded: LoadedRoles,
+    role: Role,
+    prompts: Sequence[Prompt],
+    section: Evaluate,
+    *,
+    seed: int,
+    scorer: Scorer | None,
+    gold: GoldJudge | None,
+) -> Answers:
+    """Let one role answer the prompts, and judge the answers.
+
+    Args:
+        seed: of the sampling; the same one for every model, so that they differ by nothing else.
+        scorer: what PPO maximises, None if there is no such thing.
+        gold: the judge that training never sees, None if there is none.
+    """
+    roles = loaded.roles
+    chats = [as_chat(prompt) for prompt in prompts]
+    prompt_ids = [loaded.renderer.prompt(prompt.messages) for prompt in prompts]
+    generated = roles.generate(
+        role,
+        prompt_ids,
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        end_ids=loaded.end_ids,
+        pad_id=loaded.pad_id,
+        seed=seed,
+        batch_size=section.batch_size,
+    )
+    texts = [loaded.renderer.decode(ids) for ids in generated.responses]
+    log_ratios: list[float] = []
+    scores: list[float] = []
+    for rows in _slices(len(prompts), section.batch_size):
+        part = join(prompt_ids[rows], generated.responses[rows], loaded.pad_id).to(roles.device)
+        if section.temperature > 0:
+            ours = roles.logprobs(role, part, section.temperature)
+            theirs = roles.logprobs("reference", part, section.temperature)
+            log_ratios += ((ours - theirs) * part.response_mask).sum(1).tolist()
+        if scorer is not None:
+            scores += scorer(chats[rows], texts[rows], part).tolist()
+    return Answers(
+        ids=generated.responses,
+        texts=texts,
+        ended=generated.ended,
+        log_ratios=log_ratios or None,
+        scores=scores if scorer is not None else None,
+        gold=gold(chats, texts) if gold is not None else None,
+    )
+
+
+def answer_metrics(
+    answers: Answers, categories: Sequence[str] | None, *, resamples: int, seed: int
+) -> dict[str, float]:
+    """Return the measures of one model's answers.
+
+    ``kl/mean`` is in nats per response: the sum over its tokens of ``log p_model - log p_sft``, on
+    the model's own samples (k1). Greedy answers are no samples and have none. ``length/mean``
+    counts the stop token. ``score`` and ``gold`` come with a 90 % bootstrap interval.
+    """
+    count = len(answers.texts)
+    metrics = {
+        "length/mean": sum(map(len, answers.ids)) / count,
+        "eos_rate": sum(answers.ended) / count,
+        "empty_rate": sum(not text for text in answers.texts) / count,
+        "repetitive_rate": sum(repeated_share(ids) > REPETITIVE for ids in answers.ids) / count,
+    }
+    if answers.log_ratios is not None:
+        metrics["kl/mean"] = sum(answers.log_ratios) / count
+    for name, values in (("score", answers.scores), ("gold", answers.gold)):
+        if values is not None:
+            metrics |= bootstrap(values, resamples=resamples, seed=seed).metrics(name)
+    if answers.gold is not None and categories is not None:
+        for category in sorted(set(categories)):
+            values = [g for g, c in zip(answers.gold, categories, strict=True) if c == category]
+            metrics[f"gold/{category}"] = sum(values) / len(values)
+    return metrics
+
+
+@torch.no_grad()
+def demonstration_perplexity(
+    loaded: LoadedRoles, role: Role, rows: Sequence[Tokens], batch_size: int
+) -> float:
+    """Return the perplexity of the learned tokens of demonstrations, all of them pooled."""
+    total, num_tokens = 0.0, 0
+    for part in _slices(len(rows), batch_size):
+        # Everything after the first token stands as the response: each token is then predicted.
+        first = [row.input_ids[:1] for row in rows[part]]
+        rest = [row.input_ids[1:] for row in rows[part]]
+        sequences = join(first, rest, loaded.pad_id).to(loaded.roles.device)
+        learned = torch.zeros_like(sequences.response_mask)
+        for i, row in enumerate(rows[part]):
+            known = torch.tensor(row.labels[1:]) != IGNORED
+            learned[i, : len(known)] = known.to(learned.device)
+        logprobs = loaded.roles.logprobs(role, sequences)
+        total -= float(logprobs[learned].double().sum())
+        num_tokens += int(learned.sum())
+    return perplexity(total, num_tokens)
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]

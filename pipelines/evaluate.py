@@ -1,0 +1,262 @@
+"""Evaluation: base, SFT and PPO answer the same held-out prompts; the reward model ranks pairs.
+
+Nothing here decides a training: the gold judge, held-out prompts and held-out rankings were seen by
+no stage. Shares come with 90 % intervals.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.errors import DataError, ParentError, RecipeError
+from align.functions import Chat, call_score_function, load_function
+from align.models import base_facts, base_location
+from align.recipe import Evaluate
+from align.roles import Role, Roles
+from align.seeds import derive_seed
+from align.sequences import join
+from data.records import Prompt, Ranking
+from data.render import Renderer, Tokens, render_all
+from pipelines.answers import (
+    Answers,
+    GoldJudge,
+    answer,
+    answer_metrics,
+    demonstration_perplexity,
+)
+from pipelines.load_roles import LoadedRoles, load_roles
+from pipelines.rollout import Scorer, as_chat
+from pipelines.scoring import ppo_scorer
+from pipelines.stage import StageJob, StageResult
+from pipelines.win_rate import bootstrap, wins
+from reward.ranking import pair_outcomes, share_with_interval
+
+# Metrics of a model stand under its name; these would be mistaken for a category's.
+_RESERVED = {"mean", "low", "high"}
+
+
+def run(job: StageJob) -> StageResult:
+    """Measure every finished model on held-out data; see the module's docstring."""
+    recipe, section = job.recipe, job.recipe.evaluate
+    assert section is not None
+    prompts = _heldout_prompts(job, section)
+    gold, categories = _gold_judge(section), _categories(section, prompts)
+    loaded = load_roles(job, _adapters(job))
+    scorer = _scorer(job, loaded.roles)
+    demonstrations, lost_demonstrations = _demonstrations(job, loaded.renderer, section)
+    rankings, lost_rankings = _rankings(job, loaded.renderer, section)
+    models: dict[str, Role] = {"base": "base", "sft": "reference"}
+    if "ppo" in job.parents:
+        models["ppo"] = "policy"
+    job.log.start(len(models) + bool(rankings))
+
+    seed = derive_seed(recipe.seed, "evaluate")
+    metrics: dict[str, float] = {}
+    answers: dict[str, Answers] = {}
+    for number, (name, role) in enumerate(models.items(), 1):
+        job.log.note(f"evaluate  {name} answers {len(prompts)} held-out prompts")
+        answers[name] = answer(loaded, role, prompts, section, seed=seed, scorer=scorer, gold=gold)
+        measured = answer_metrics(answers[name], categories, resamples=section.bootstrap, seed=seed)
+        if demonstrations:
+            measured["perplexity"] = demonstration_perplexity(
+                loaded, role, demonstrations, section.batch_size
+            )
+        metrics |= {f"{name}/{key}": value for key, value in measured.items()}
+        job.log.advance(number)
+    metrics |= _win_rate(answers, section.bootstrap, seed)
+    if rankings:
+        metrics |= _reward_accuracy(loaded, rankings, section, gold)
+
+    job.log.log(0, metrics)
+    job.sample(_sample_rows(prompts, answers, categories))
+    base = base_facts(base_location(recipe), recipe.base.revision)
+    dropped = {"sft": lost_demonstrations, "reward": lost_rankings}
+    return StageResult(metrics, ("samples.jsonl", "metrics.jsonl"), loaded.tokenizer, base, dropped)
+
+
+def _heldout_prompts(job: StageJob, section: Evaluate) -> list[Prompt]:
+    data = job.data.get("prompts")
+    prompts = [p for p in data.heldout if isinstance(p, Prompt)] if data is not None else []
+    if not prompts:
+        raise DataError(
+            "evaluate needs held-out prompts: give data.prompts.heldout one or more sources"
+        )
+    return prompts[: section.prompts]
+
+
+def _adapters(job: StageJob) -> dict[Role, Path]:
+    if "sft" not in job.parents:
+        raise ParentError("evaluate compares with the SFT model; the recipe has no sft section")
+    adapters: dict[Role, Path] = {"reference": job.parent_folder("sft") / "model"}
+    if "ppo" in job.parents:
+        adapters["policy"] = job.parent_folder("ppo") / "policy"
+    if "reward" in job.parents:
+        adapters["reward"] = job.parent_folder("reward") / "model"
+    return adapters
+
+
+def _scorer(job: StageJob, roles: Roles) -> Scorer | None:
+    """Return what PPO maximises; without a ppo section the reward model, if there is one."""
+    if job.recipe.ppo is not None:
+        return ppo_scorer(job.recipe.ppo, roles)
+    if "reward" in job.parents:
+        return lambda prompts, responses, sequences: roles.scores(sequences)
+    return None
+
+
+def _gold_judge(section: Evaluate) -> GoldJudge | None:
+    if section.gold is None:
+        return None
+    name, function = section.gold, load_function(section.gold)
+    return lambda prompts, responses: call_score_function(function, name, prompts, responses)
+
+
+def _categories(section: Evaluate, prompts: Sequence[Prompt]) -> list[str] | None:
+    """Return each prompt's category by ``evaluate.category``.
+
+    Raises:
+        RecipeError: there is no such function, or it does not return one name per prompt.
+    """
+    if section.category is None:
+        return None
+    function = load_function(section.category)
+    chats = [as_chat(prompt) for prompt in prompts]
+    try:
+        categories = list(function(chats))
+    except Exception as error:
+        raise RecipeError(
+            f"{section.category}: fails with {type(error).__name__}: {error}"
+        ) from error
+    wrong = [c for c in categories if not isinstance(c, str) or c in _RESERVED]
+    if len(categories) != len(prompts) or wrong:
+        found = f"{wrong[0]!r}" if wrong else f"{len(categories)} for {len(prompts)} prompts"
+        raise RecipeError(
+            f"{section.category}: has to return one text per prompt, none of"
+            f" {', '.join(sorted(_RESERVED))}; returned {found}"
+        )
+    return categories
+
+
+def _demonstrations(
+    job: StageJob, renderer: Renderer, section: Evaluate
+) -> tuple[list[Tokens], Counter[str]]:
+    data = job.data.get("sft")
+    rows = data.heldout[: section.prompts] if data is not None else ()
+    return render_all(rows, lambda row: renderer.demonstration(row.messages))
+
+
+def _rankings(
+    job: StageJob, renderer: Renderer, section: Evaluate
+) -> tuple[list[tuple[Ranking, list[list[int]]]], Counter[str]]:
+    """Return the first held-out rankings, up to ``evaluate.pairs`` pairs, and their tokens.
+
+    Only for a reward model: without one there is nothing to be accurate.
+    """
+    data = job.data.get("reward")
+    if data is None or "reward" not in job.parents:
+        return [], Counter()
+    rows: list[Ranking] = []
+    pairs = 0
+    for row in data.heldout:
+        if pairs >= section.pairs:
+            break
+        rows.append(row)
+        pairs += len(row.scores) * (len(row.scores) - 1) // 2
+    return render_all(
+        rows, lambda row: (row, [renderer.response(row.messages, r) for r in row.responses])
+    )
+
+
+def _win_rate(answers: dict[str, Answers], resamples: int, seed: int) -> dict[str, float]:
+    """Compare PPO's answers with SFT's: by gold if there is such a judge, else by the reward."""
+    if "ppo" not in answers:
+        return {}
+    ppo, sft = answers["ppo"], answers["sft"]
+    ours, theirs = (ppo.gold, sft.gold) if ppo.gold is not None else (ppo.scores, sft.scores)
+    if ours is None or theirs is None:
+        return {}
+    return bootstrap(wins(ours, theirs), resamples=resamples, seed=seed).metrics("ppo/win_rate")
+
+
+@torch.no_grad()
+def _reward_accuracy(
+    loaded: LoadedRoles,
+    rankings: Sequence[tuple[Ranking, list[list[int]]]],
+    section: Evaluate,
+    gold: GoldJudge | None,
+) -> dict[str, float]:
+    """Return how often the reward model orders held-out pairs as labels and gold judge do."""
+    groups: list[int] = []
+    prompt_ids: list[list[int]] = []
+    responses: list[list[int]] = []
+    for number, (row, ids) in enumerate(rankings):
+        groups += [number] * len(ids)
+        prompt_ids += [loaded.renderer.prompt(row.messages)] * len(ids)
+        responses += ids
+    scores = torch.cat(
+        [
+            loaded.roles.scores(
+                join(
+                    prompt_ids[start : start + section.batch_size],
+                    responses[start : start + section.batch_size],
+                    loaded.pad_id,
+                ).to(loaded.roles.device)
+            ).cpu()
+            for start in range(0, len(groups), section.batch_size)
+        ]
+    )
+    owner = torch.tensor(groups)
+    labels = torch.tensor([score for row, _ in rankings for score in row.scores])
+    lengths = torch.tensor([float(len(ids)) for ids in responses])
+    outcomes, owners = pair_outcomes(scores, owner, labels)
+    if not len(outcomes):
+        return {}
+    share = share_with_interval(outcomes, owners)
+    longer, _ = pair_outcomes(lengths, owner, labels)
+    metrics = {
+        "reward/pairs": float(len(outcomes)),
+        "reward/accuracy": share.mean,
+        "reward/accuracy/low": share.low,
+        "reward/accuracy/high": share.high,
+        "reward/accuracy/longer_wins": longer.mean().item(),
+    }
+    if gold is not None:
+        chats: list[Chat] = [
+            [{"role": m.role, "content": m.content} for m in row.messages]
+            for row, ids in rankings
+            for _ in ids
+        ]
+        judged = torch.tensor(gold(chats, [text for row, _ in rankings for text in row.responses]))
+        agreed, _ = pair_outcomes(scores, owner, judged)
+        labelled, _ = pair_outcomes(labels, owner, judged)
+        if len(agreed):
+            metrics["reward/accuracy/gold"] = agreed.mean().item()
+            metrics["reward/labels/gold"] = labelled.mean().item()
+    return metrics
+
+
+def _sample_rows(
+    prompts: Sequence[Prompt], answers: dict[str, Answers], categories: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """Return one row per prompt: its messages, and every model's answer with its scores."""
+    rows: list[dict[str, Any]] = []
+    for i, prompt in enumerate(prompts):
+        row: dict[str, Any] = {"prompt": as_chat(prompt), "responses": {}}
+        if categories is not None:
+            row["category"] = categories[i]
+        for name, given in answers.items():
+            response: dict[str, Any] = {
+                "text": given.texts[i],
+                "tokens": len(given.ids[i]),
+                "ended": given.ended[i],
+            }
+            if given.scores is not None:
+                response["score"] = given.scores[i]
+            if given.gold is not None:
+                response["gold"] = given.gold[i]
+            row["responses"][name] = response
+        rows.append(row)
+    return rows
