@@ -1,0 +1,80 @@
+"""Backward, clip, step: one optimiser over the trained roles, on accelerate."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from align.errors import TrainingError
+from align.recipe import Optimisation
+
+
+class Engine:
+    """The optimiser of a training loop that is our own.
+
+    Args:
+        groups: parameters and their learning rate.
+        section: schedule, warm-up, weight decay and gradient clipping.
+        num_steps: optimiser steps in all; the schedule ends there.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[tuple[list[nn.Parameter], float]],
+        section: Optimisation,
+        num_steps: int,
+    ) -> None:
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+        self.parameters = [p for parameters, _ in groups for p in parameters]
+        # PyTorch's Adam with the epsilon of OpenAI's code (Huang et al. 2024, note on Adam).
+        optimizer = torch.optim.AdamW(
+            [{"params": parameters, "lr": lr} for parameters, lr in groups],
+            eps=1e-5,
+            weight_decay=section.weight_decay,
+        )
+        scheduler = get_scheduler(
+            section.schedule,
+            optimizer,
+            num_warmup_steps=math.ceil(section.warmup_ratio * num_steps),
+            num_training_steps=num_steps,
+        )
+        self.optimizer, self.scheduler = self.accelerator.prepare(optimizer, scheduler)
+        self.max_grad_norm = section.max_grad_norm
+        self.step_count = 0
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first group."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradient."""
+        self.accelerator.backward(loss)
+
+    def step(self) -> float:
+        """Clip, update, clear the gradients; return the gradient's norm before clipping.
+
+        Raises:
+            TrainingError: the gradient is not finite, or a parameter got none in the first step;
+                nothing has been changed.
+        """
+        self.step_count += 1
+        if self.step_count == 1 and any(p.grad is None for p in self.parameters):
+            lost = sum(p.grad is None for p in self.parameters)
+            raise TrainingError(
+                f"optimiser step 1: {lost} of {len(self.parameters)} trainable tensors got no"
+                " gradient; a frozen or switched-off adapter is the likely cause"
+            )
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"optimiser step {self.step_count}: the gradient's norm is {norm}; the weights"
+                " were left as they are; try a smaller lr"
+            )
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm

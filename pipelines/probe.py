@@ -1,0 +1,69 @@
+"""A look at the policy during PPO: the same held-out prompts, answered again and again.
+
+The gold judge, where the recipe names one, is only asked here and in the evaluation: training never
+sees it. Proxy score and gold score over KL show over-optimisation (Gao et al. 2022).
+"""
+
+from align.functions import call_score_function, load_function
+from align.seeds import derive_seed
+from data.records import Prompt
+from pipelines.load_roles import LoadedRoles
+from pipelines.rollout import Scorer, collect
+from pipelines.stage import StageJob
+
+
+class Probe:
+    """Answers the first ``ppo.probe_prompts`` held-out prompts and records what came out.
+
+    Raises:
+        RecipeError: ``evaluate.gold`` names no function.
+    """
+
+    def __init__(self, job: StageJob, loaded: LoadedRoles, score: Scorer) -> None:
+        assert job.recipe.ppo is not None
+        self._job, self._loaded, self._score = job, loaded, score
+        self._section = job.recipe.ppo
+        self._prompts: list[Prompt] = list(
+            job.data["prompts"].heldout[: self._section.probe_prompts]
+        )
+        evaluate = job.recipe.evaluate
+        self._gold_name = evaluate.gold if evaluate is not None else None
+        self._gold = load_function(self._gold_name) if self._gold_name else None
+
+    def look(self, step: int) -> dict[str, float]:
+        """Answer the prompts as the policy stands; append to ``samples.jsonl``.
+
+        Always with the same sampling seed, so that two looks differ by the policy alone.
+
+        Returns:
+            ``probe/score``, ``probe/kl``, ``probe/length``, ``probe/eos_rate`` and, with a gold
+            judge, ``probe/gold``; empty without held-out prompts.
+        """
+        if not self._prompts:
+            return {}
+        seed = derive_seed(self._job.recipe.seed, "probe")
+        rollout = collect(self._loaded, self._prompts, self._score, self._section, seed=seed)
+        seen = rollout.metrics()
+        metrics = {
+            "probe/score": seen["score/mean"],
+            "probe/kl": seen["kl/mean"],
+            "probe/length": seen["length/mean"],
+            "probe/eos_rate": seen["eos_rate"],
+        }
+        columns = {"score": rollout.scores.tolist()}
+        if self._gold is not None and self._gold_name is not None:
+            gold = call_score_function(
+                self._gold, self._gold_name, rollout.prompts, rollout.responses
+            )
+            metrics["probe/gold"] = sum(gold) / len(gold)
+            columns["gold"] = gold
+        self._job.sample(
+            [
+                {"step": step, "prompt": prompt, "response": response}
+                | {name: column[row] for name, column in columns.items()}
+                for row, (prompt, response) in enumerate(
+                    zip(rollout.prompts, rollout.responses, strict=True)
+                )
+            ]
+        )
+        return metrics
