@@ -1,0 +1,143 @@
+"""What the stages that run on a transformers ``Trainer`` share: its settings and its log.
+
+The trainer's own console output, progress bar and reporters are off; its numbers go to the stage's
+``MetricsLog`` under our keys.
+"""
+
+import math
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from align.errors import TrainingError
+from align.metrics import MetricsLog
+from align.recipe import Optimisation
+
+_OTHER_KEYS = ("accuracy", "perplexity")  # passed on as they are
+
+
+class TrainerLog(TrainerCallback):
+    """Forwards a trainer's log lines, and stops it before a step with a non-finite gradient.
+
+    The trainer has to count tokens: ``include_num_input_tokens_seen="non_padding"``.
+    """
+
+    def __init__(self, log: MetricsLog) -> None:
+        self._log = log
+        self._since = (0.0, 0)  # time and tokens at the last line
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
+    ) -> None:
+        """Start the clock and the progress bar."""
+        self._log.start(state.max_steps)
+        self._since = (perf_counter(), state.num_input_tokens_seen)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
+    ) -> None:
+        """Check the gradient, which a non-finite loss makes non-finite too.
+
+        Raises:
+            TrainingError: it holds a NaN or an infinity; the weights are still good.
+        """
+        gradients = [p.grad for p in rest["model"].parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"step {state.global_step + 1}: the gradient's norm is {norm}; stopped before the"
+                " update. Lower lr, or look at the rows of this step"
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
+    ) -> None:
+        """Move the progress bar."""
+        self._log.advance(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **rest: Any,
+    ) -> None:
+        """Forward a line with a training loss; the trainer's summary at the end is left out."""
+        if logs is None or "loss" not in logs:
+            return
+        now, tokens = perf_counter(), state.num_input_tokens_seen
+        started, before = self._since
+        self._since = (now, tokens)
+        values = {"loss": logs["loss"], "lr": logs["learning_rate"]}
+        # The norm before clipping.
+        values["grad_norm"] = float(logs["grad_norm"])
+        values |= {key: logs[key] for key in _OTHER_KEYS if key in logs}
+        values["tokens_per_second"] = (tokens - before) / (now - started)
+        self._log.log(state.global_step, values)
+
+
+def connect(trainer: Trainer, log: MetricsLog) -> None:
+    """Send the trainer's numbers to ``log`` and nowhere else."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(TrainerLog(log))
+
+
+def num_steps(rows: int, section: Optimisation, epochs: float) -> int:
+    """Return the number of optimiser steps that so many epochs over the rows take, at least 1."""
+    return max(1, math.ceil(epochs * math.ceil(rows / section.batch_size)))
+
+
+def trainer_settings(
+    section: Optimisation, directory: Path, *, steps: int, seed: int
+) -> dict[str, Any]:
+    """Return the arguments of ``TrainingArguments`` or a subclass, every one that matters explicit.
+
+    Precision is that of the loaded model: no autocast. One process.
+
+    Args:
+        directory: where the trainer may write; nothing is written with these settings.
+        steps: optimiser steps in all.
+        seed: of the order of rows and of dropout.
+    """
+    micro = section.micro_batch_size or section.batch_size
+    return {
+        "output_dir": str(directory),
+        "max_steps": steps,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": section.batch_size // micro,
+        "learning_rate": section.lr,
+        "lr_scheduler_type": section.schedule,
+        "warmup_steps": math.ceil(section.warmup_ratio * steps),
+        "weight_decay": section.weight_decay,
+        "max_grad_norm": section.max_grad_norm,
+        "optim": "adamw_torch",
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "seed": seed % 2**32,  # numpy takes no larger one
+        "bf16": False,
+        "fp16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "include_num_input_tokens_seen": "non_padding",
+        "logging_strategy": "steps",
+        "logging_steps": section.log_every,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
