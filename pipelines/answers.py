@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
@@ -11,12 +10,9 @@ from align.recipe import Evaluate
 from align.roles import Role
 from align.sequences import join
 from data.records import Prompt
-from data.render import IGNORED, Tokens
 from pipelines.load_roles import LoadedRoles
 from pipelines.rollout import Scorer, as_chat
-from pipelines.win_rate import bootstrap, perplexity, repeated_share
-
-Row = TypeVar("Row")
+from pipelines.win_rate import bootstrap, repeated_share
 
 # An answer is called repetitive when more than this share of its 4-grams stood in it before.
 REPETITIVE = 0.25
@@ -70,7 +66,7 @@ def answer(
     texts = [loaded.renderer.decode(ids) for ids in generated.responses]
     log_ratios: list[float] = []
     scores: list[float] = []
-    for rows in _slices(len(prompts), section.batch_size):
+    for rows in slices(len(prompts), section.batch_size):
         part = join(prompt_ids[rows], generated.responses[rows], loaded.pad_id).to(roles.device)
         if section.temperature > 0:
             ours = roles.logprobs(role, part, section.temperature)
@@ -116,26 +112,6 @@ def answer_metrics(
     return metrics
 
 
-@torch.no_grad()
-def demonstration_perplexity(
-    loaded: LoadedRoles, role: Role, rows: Sequence[Tokens], batch_size: int
-) -> float:
-    """Return the perplexity of the learned tokens of demonstrations, all of them pooled."""
-    total, num_tokens = 0.0, 0
-    for part in _slices(len(rows), batch_size):
-        # Everything after the first token stands as the response: each token is then predicted.
-        first = [row.input_ids[:1] for row in rows[part]]
-        rest = [row.input_ids[1:] for row in rows[part]]
-        sequences = join(first, rest, loaded.pad_id).to(loaded.roles.device)
-        learned = torch.zeros_like(sequences.response_mask)
-        for i, row in enumerate(rows[part]):
-            known = torch.tensor(row.labels[1:]) != IGNORED
-            learned[i, : len(known)] = known.to(learned.device)
-        logprobs = loaded.roles.logprobs(role, sequences)
-        total -= float(logprobs[learned].double().sum())
-        num_tokens += int(learned.sum())
-    return perplexity(total, num_tokens)
-
-
-def _slices(count: int, size: int) -> list[slice]:
+def slices(count: int, size: int) -> list[slice]:
+    """Cut ``count`` rows into slices of at most ``size``."""
     return [slice(start, start + size) for start in range(0, count, size)]

@@ -10,23 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from align.errors import DataError, ParentError, RecipeError
-from align.functions import Chat, call_score_function, load_function
+from align.functions import call_score_function, load_function
 from align.models import base_facts, base_location
 from align.recipe import Evaluate
 from align.roles import Role, Roles
 from align.seeds import derive_seed
 from align.sequences import join
-from data.records import Prompt, Ranking
+from data.records import Prompt, Ranking, as_prompt
 from data.render import Renderer, Tokens, render_all
 from pipelines.answers import (
     Answers,
     GoldJudge,
     answer,
     answer_metrics,
-    demonstration_perplexity,
+    slices,
 )
+from pipelines.heldout import heldout_loss, perplexity
 from pipelines.load_roles import LoadedRoles, load_roles
 from pipelines.rollout import Scorer, as_chat
 from pipelines.scoring import ppo_scorer
@@ -37,6 +39,8 @@ from reward.ranking import pair_outcomes, share_with_interval
 # Metrics of a model stand under its name; these would be mistaken for a category's.
 _RESERVED = {"mean", "low", "high"}
 
+RenderedRanking = tuple[Ranking, list[list[int]]]  # with the token ids of its responses
+
 
 def run(job: StageJob) -> StageResult:
     """Measure every finished model on held-out data; see the module's docstring."""
@@ -44,7 +48,9 @@ def run(job: StageJob) -> StageResult:
     assert section is not None
     prompts = _heldout_prompts(job, section)
     gold, categories = _gold_judge(section), _categories(section, prompts)
+    base = base_facts(base_location(recipe), recipe.base.revision)
     loaded = load_roles(job, _adapters(job))
+    job.check_origin(loaded.tokenizer, base)
     scorer = _scorer(job, loaded.roles)
     demonstrations, lost_demonstrations = _demonstrations(job, loaded.renderer, section)
     rankings, lost_rankings = _rankings(job, loaded.renderer, section)
@@ -61,9 +67,11 @@ def run(job: StageJob) -> StageResult:
         answers[name] = answer(loaded, role, prompts, section, seed=seed, scorer=scorer, gold=gold)
         measured = answer_metrics(answers[name], categories, resamples=section.bootstrap, seed=seed)
         if demonstrations:
-            measured["perplexity"] = demonstration_perplexity(
-                loaded, role, demonstrations, section.batch_size
-            )
+            with loaded.roles.use(role):
+                loss = heldout_loss(
+                    loaded.roles.base, demonstrations, loaded.pad_id, section.batch_size
+                )
+            measured["perplexity"] = perplexity(loss)
         metrics |= {f"{name}/{key}": value for key, value in measured.items()}
         job.log.advance(number)
     metrics |= _win_rate(answers, section.bootstrap, seed)
@@ -72,7 +80,6 @@ def run(job: StageJob) -> StageResult:
 
     job.log.log(0, metrics)
     job.sample(_sample_rows(prompts, answers, categories))
-    base = base_facts(base_location(recipe), recipe.base.revision)
     dropped = {"sft": lost_demonstrations, "reward": lost_rankings}
     return StageResult(metrics, ("samples.jsonl", "metrics.jsonl"), loaded.tokenizer, base, dropped)
 
@@ -150,7 +157,7 @@ def _demonstrations(
 
 def _rankings(
     job: StageJob, renderer: Renderer, section: Evaluate
-) -> tuple[list[tuple[Ranking, list[list[int]]]], Counter[str]]:
+) -> tuple[list[RenderedRanking], Counter[str]]:
     """Return the first held-out rankings, up to ``evaluate.pairs`` pairs, and their tokens.
 
     Only for a reward model: without one there is nothing to be accurate.
@@ -181,41 +188,22 @@ def _win_rate(answers: dict[str, Answers], resamples: int, seed: int) -> dict[st
     return bootstrap(wins(ours, theirs), resamples=resamples, seed=seed).metrics("ppo/win_rate")
 
 
-@torch.no_grad()
 def _reward_accuracy(
     loaded: LoadedRoles,
-    rankings: Sequence[tuple[Ranking, list[list[int]]]],
+    rankings: Sequence[RenderedRanking],
     section: Evaluate,
     gold: GoldJudge | None,
 ) -> dict[str, float]:
     """Return how often the reward model orders held-out pairs as labels and gold judge do."""
-    groups: list[int] = []
-    prompt_ids: list[list[int]] = []
-    responses: list[list[int]] = []
-    for number, (row, ids) in enumerate(rankings):
-        groups += [number] * len(ids)
-        prompt_ids += [loaded.renderer.prompt(row.messages)] * len(ids)
-        responses += ids
-    scores = torch.cat(
-        [
-            loaded.roles.scores(
-                join(
-                    prompt_ids[start : start + section.batch_size],
-                    responses[start : start + section.batch_size],
-                    loaded.pad_id,
-                ).to(loaded.roles.device)
-            ).cpu()
-            for start in range(0, len(groups), section.batch_size)
-        ]
-    )
-    owner = torch.tensor(groups)
+    scores = _score(loaded, rankings, section.batch_size)
+    groups = torch.tensor([i for i, (_, ids) in enumerate(rankings) for _ in ids])
     labels = torch.tensor([score for row, _ in rankings for score in row.scores])
-    lengths = torch.tensor([float(len(ids)) for ids in responses])
-    outcomes, owners = pair_outcomes(scores, owner, labels)
+    lengths = torch.tensor([float(len(answer)) for _, ids in rankings for answer in ids])
+    outcomes, owners = pair_outcomes(scores, groups, labels)
     if not len(outcomes):
         return {}
     share = share_with_interval(outcomes, owners)
-    longer, _ = pair_outcomes(lengths, owner, labels)
+    longer, _ = pair_outcomes(lengths, groups, labels)
     metrics = {
         "reward/pairs": float(len(outcomes)),
         "reward/accuracy": share.mean,
@@ -224,18 +212,26 @@ def _reward_accuracy(
         "reward/accuracy/longer_wins": longer.mean().item(),
     }
     if gold is not None:
-        chats: list[Chat] = [
-            [{"role": m.role, "content": m.content} for m in row.messages]
-            for row, ids in rankings
-            for _ in ids
-        ]
+        chats = [as_chat(as_prompt(row)) for row, ids in rankings for _ in ids]
         judged = torch.tensor(gold(chats, [text for row, _ in rankings for text in row.responses]))
-        agreed, _ = pair_outcomes(scores, owner, judged)
-        labelled, _ = pair_outcomes(labels, owner, judged)
+        agreed, _ = pair_outcomes(scores, groups, judged)
+        labelled, _ = pair_outcomes(labels, groups, judged)
         if len(agreed):
             metrics["reward/accuracy/gold"] = agreed.mean().item()
             metrics["reward/labels/gold"] = labelled.mean().item()
     return metrics
+
+
+@torch.no_grad()
+def _score(loaded: LoadedRoles, rankings: Sequence[RenderedRanking], batch_size: int) -> Tensor:
+    """Return the reward model's scores of all responses, flat, ``[N]``."""
+    rows = [(loaded.renderer.prompt(row.messages), a) for row, ids in rankings for a in ids]
+    scores = []
+    for part in slices(len(rows), batch_size):
+        prompts, responses = zip(*rows[part], strict=True)
+        sequences = join(list(prompts), list(responses), loaded.pad_id)
+        scores.append(loaded.roles.scores(sequences.to(loaded.roles.device)).cpu())
+    return torch.cat(scores)
 
 
 def _sample_rows(

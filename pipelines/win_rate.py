@@ -3,7 +3,6 @@
 No models here, only lists of numbers: how certain a result is does not depend on what made it.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,8 +58,3 @@ def repeated_share(ids: Sequence[int], n: int = 4) -> float:
     """Return the share of an answer's ``n``-grams that stood in it before; 0 if it has none."""
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def perplexity(negative_logprob_sum: float, num_tokens: int) -> float:
-    """Return ``exp`` of the mean negative log-probability per token (natural logarithm)."""
-    return math.exp(negative_logprob_sum / num_tokens)

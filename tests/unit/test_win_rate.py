@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from pipelines.win_rate import bootstrap, perplexity, repeated_share, wins
+from pipelines.win_rate import bootstrap, repeated_share, wins
 
 
 def test_a_tie_is_half_a_win() -> None:
@@ -79,7 +79,3 @@ def test_repeated_share_counts_grams_seen_before() -> None:
     assert repeated_share([7] * 8) == pytest.approx(4 / 5)  # five 4-grams, all the same
     assert repeated_share([1, 2, 1, 2, 1, 2]) == pytest.approx(1 / 3)  # 1212 2121 1212
     assert repeated_share([1, 1, 1]) == 0.0  # too short for one
-
-
-def test_perplexity_of_a_uniform_guess_is_the_number_of_choices() -> None:
-    assert perplexity(12 * math.log(320), 12) == pytest.approx(320)
