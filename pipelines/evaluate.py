@@ -47,10 +47,12 @@ def run(job: StageJob) -> StageResult:
     recipe, section = job.recipe, job.recipe.evaluate
     assert section is not None
     prompts = _heldout_prompts(job, section)
-    gold, categories = _gold_judge(section), _categories(section, prompts)
+    gold = _gold_judge(section)
     base = base_facts(base_location(recipe), recipe.base.revision)
     loaded = load_roles(job, _adapters(job))
     job.check_origin(loaded.tokenizer, base)
+    prompts, lost_prompts = _usable(prompts, loaded.renderer)
+    categories = _categories(section, prompts)
     scorer = _scorer(job, loaded.roles)
     demonstrations, lost_demonstrations = _demonstrations(job, loaded.renderer, section)
     rankings, lost_rankings = _rankings(job, loaded.renderer, section)
@@ -80,7 +82,7 @@ def run(job: StageJob) -> StageResult:
 
     job.log.log(0, metrics)
     job.sample(_sample_rows(prompts, answers, categories))
-    dropped = {"sft": lost_demonstrations, "reward": lost_rankings}
+    dropped = {"prompts": lost_prompts, "sft": lost_demonstrations, "reward": lost_rankings}
     return StageResult(metrics, ("samples.jsonl", "metrics.jsonl"), loaded.tokenizer, base, dropped)
 
 
@@ -92,6 +94,14 @@ def _heldout_prompts(job: StageJob, section: Evaluate) -> list[Prompt]:
             "evaluate needs held-out prompts: give data.prompts.heldout one or more sources"
         )
     return prompts[: section.prompts]
+
+
+def _usable(prompts: list[Prompt], renderer: Renderer) -> tuple[list[Prompt], Counter[str]]:
+    kept, dropped = render_all(prompts, lambda prompt: (prompt, renderer.prompt(prompt.messages)))
+    if not kept:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
+        raise DataError(f"data.prompts.heldout: no prompt is usable as tokens ({reasons})")
+    return [prompt for prompt, _ in kept], dropped
 
 
 def _adapters(job: StageJob) -> dict[Role, Path]:
