@@ -35,6 +35,7 @@ class TrainerLog(TrainerCallback):
     def __init__(self, log: MetricsLog) -> None:
         self._log = log
         self._since = (0.0, 0)  # time and tokens at the last line
+        self.last: dict[str, float] = {}  # the values of the last line
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
@@ -62,8 +63,16 @@ class TrainerLog(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
     ) -> None:
-        """Move the progress bar."""
+        """Move the progress bar; have the last step logged, whatever ``log_every`` says."""
         self._log.advance(state.global_step)
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
+    ) -> None:
+        """Take the progress bar away."""
+        self._log.close()
 
     def on_log(
         self,
@@ -84,13 +93,16 @@ class TrainerLog(TrainerCallback):
         values["grad_norm"] = float(logs["grad_norm"])
         values |= {key: logs[key] for key in _OTHER_KEYS if key in logs}
         values["tokens_per_second"] = (tokens - before) / (now - started)
+        self.last = values
         self._log.log(state.global_step, values)
 
 
-def connect(trainer: Trainer, log: MetricsLog) -> None:
+def connect(trainer: Trainer, log: MetricsLog) -> TrainerLog:
     """Send the trainer's numbers to ``log`` and nowhere else."""
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(TrainerLog(log))
+    callback = TrainerLog(log)
+    trainer.add_callback(callback)
+    return callback
 
 
 def num_steps(rows: int, section: Optimisation, epochs: float) -> int:
@@ -117,7 +129,10 @@ def trainer_settings(
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": section.batch_size // micro,
         "learning_rate": section.lr,
-        "lr_scheduler_type": section.schedule,
+        # transformers' "constant" has no warm-up.
+        "lr_scheduler_type": "constant_with_warmup"
+        if section.schedule == "constant"
+        else section.schedule,
         "warmup_steps": math.ceil(section.warmup_ratio * steps),
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
