@@ -7,27 +7,26 @@ adds file and line). Batch sizes are global: they count over all processes and a
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from align.recipe_types import (
+    FiniteFloat,
+    Fraction,
+    FunctionName,
+    NotNegative,
+    NotNegativeFloat,
+    Positive,
+    PositiveFloat,
+    RunName,
+    Section,
+    Strings,
+    check_divides,
+    refuse,
+    refuse_all,
+    refuse_planned,
+)
 
 StageName = Literal["pretrain", "sft", "reward", "ppo", "evaluate"]
-
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-FunctionName = Annotated[str, Field(pattern=r"^[^:\s]+:[A-Za-z_]\w*$")]
-Strings = Annotated[tuple[str, ...], Field(strict=False)]
-
-
-class Section(BaseModel):
-    """Every section: frozen, no unknown keys, no silent type conversion."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-def _not_yet(key: str, value: object, allowed: str) -> None:
-    raise ValueError(f"{key}={value} is planned but not built yet; allowed today: {allowed}")
 
 
 class Base(Section):
@@ -43,7 +42,7 @@ class Base(Section):
     @model_validator(mode="after")
     def _check(self) -> "Base":
         if self.quantization != "none":
-            _not_yet("quantization", self.quantization, "none")
+            refuse_planned("quantization", "none")
         return self
 
 
@@ -59,9 +58,9 @@ class TokenizerSection(Section):
 class Adapter(Section):
     """What is trained on the frozen base in the stages sft, reward and ppo."""
 
-    method: Literal[
-        "lora", "full", "head_only", "top_layers", "bitfit", "bottleneck", "prefix"
-    ] = "lora"
+    method: Literal["lora", "full", "head_only", "top_layers", "bitfit", "bottleneck", "prefix"] = (
+        "lora"
+    )
     r: Positive = 16
     alpha: PositiveFloat = 32.0
     dropout: Fraction = 0.0
@@ -70,7 +69,7 @@ class Adapter(Section):
     @model_validator(mode="after")
     def _check(self) -> "Adapter":
         if self.method != "lora":
-            _not_yet("method", self.method, "lora")
+            refuse_planned("method", "lora")
         return self
 
 
@@ -95,17 +94,20 @@ class Source(Section):
         "text",
     ] = "auto"
     # Our field -> their column; a dotted path reaches into a row: "instances.0.output".
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
     # For labelled_pairs: the label as it stands in the file -> which response is better.
-    labels: dict[str, Literal["first", "second", "tie"]] = {}
+    labels: dict[str, Literal["first", "second", "tie"]] = Field(default_factory=dict)
     rows: Positive | None = None  # the first so many rows only
 
     @model_validator(mode="after")
     def _check(self) -> "Source":
         given = [k for k in ("path", "hub", "world") if getattr(self, k) is not None]
         if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise ValueError(f"a source needs exactly one of path, hub and world; found {found}")
+            found = " and ".join(given) or "none of them"
+            refuse(
+                given[-1] if given else "",
+                f"found {found}; allowed: exactly one of path, hub and world",
+            )
         return self
 
 
@@ -115,7 +117,7 @@ Sources = Annotated[tuple[Source, ...], Field(strict=False)]
 class StageData(Section):
     """The records of one stage."""
 
-    train: Sources
+    train: Annotated[Sources, Field(min_length=1)]
     heldout: Sources = ()
 
 
@@ -162,11 +164,8 @@ class Optimisation(Section):
 
     @model_validator(mode="after")
     def _micro_batches_divide(self) -> "Optimisation":
-        micro = self.micro_batch_size
-        if micro is not None and self.batch_size % micro:
-            raise ValueError(
-                f"micro_batch_size={micro} does not divide batch_size={self.batch_size}"
-            )
+        if self.micro_batch_size is not None:
+            check_divides("micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
         return self
 
 
@@ -183,14 +182,12 @@ class SmallLlama(Section):
     @model_validator(mode="after")
     def _check(self) -> "SmallLlama":
         if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(
-                f"hidden_size={self.hidden_size} must be a multiple of 2 * num_heads"
-                f" = {2 * self.num_heads}"
+            refuse(
+                "hidden_size",
+                f"each of the num_heads={self.num_heads} heads needs an even width; allowed:"
+                f" multiples of {2 * self.num_heads}",
             )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
-            )
+        check_divides("num_kv_heads", self.num_kv_heads, "num_heads", self.num_heads)
         return self
 
 
@@ -205,11 +202,12 @@ class Pretrain(Optimisation):
     @model_validator(mode="after")
     def _check(self) -> "Pretrain":
         if self.objective != "causal":
-            _not_yet("objective", self.objective, "causal")
+            refuse_planned("objective", "causal")
         if self.sequence_length > self.model.max_positions:
-            raise ValueError(
-                f"sequence_length={self.sequence_length} exceeds"
-                f" model.max_positions={self.model.max_positions}"
+            refuse(
+                "sequence_length",
+                "exceeds the model's positions; allowed: at most"
+                f" model.max_positions={self.model.max_positions}",
             )
         return self
 
@@ -243,7 +241,7 @@ class MissingEos(Section):
     """What becomes of the score of a response that did not end within max_new_tokens."""
 
     mode: Literal["subtract", "replace"]
-    value: float
+    value: FiniteFloat
 
 
 class Ppo(Optimisation):
@@ -272,15 +270,11 @@ class Ppo(Optimisation):
     @model_validator(mode="after")
     def _check(self) -> "Ppo":
         if self.layout != "shared":
-            _not_yet("layout", self.layout, "shared")
-        if self.batch_size % self.minibatch_size:
-            raise ValueError(
-                f"minibatch_size={self.minibatch_size} does not divide batch_size={self.batch_size}"
-            )
-        if self.minibatch_size % (self.micro_batch_size or self.minibatch_size):
-            raise ValueError(
-                f"micro_batch_size={self.micro_batch_size} does not divide"
-                f" minibatch_size={self.minibatch_size}"
+            refuse_planned("layout", "shared")
+        check_divides("minibatch_size", self.minibatch_size, "batch_size", self.batch_size)
+        if self.micro_batch_size is not None:
+            check_divides(
+                "micro_batch_size", self.micro_batch_size, "minibatch_size", self.minibatch_size
             )
         return self
 
@@ -308,9 +302,9 @@ class Distributed(Section):
     @model_validator(mode="after")
     def _check(self) -> "Distributed":
         if self.processes != 1:
-            _not_yet("processes", self.processes, "1")
+            refuse_planned("processes", "1")
         if self.zero_stage != 0:
-            _not_yet("zero_stage", self.zero_stage, "0")
+            refuse_planned("zero_stage", "0")
         return self
 
 
@@ -341,7 +335,7 @@ class Run(Section):
 class Recipe(Section):
     """One experiment, all stages in it."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+    name: RunName
     seed: NotNegative = 0
     base: Base
     tokenizer: TokenizerSection = TokenizerSection()
@@ -358,13 +352,24 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _stages_have_what_they_need(self) -> "Recipe":
+        problems = self._base_problems() + self._stage_problems()
+        if problems:
+            refuse_all(problems)
+        return self
+
+    def _base_problems(self) -> list[tuple[str, str]]:
         problems = []
         if self.base.id == "pretrain" and not (self.pretrain or self.run.parents.pretrain):
-            problems.append("base.id=pretrain needs a pretrain section or run.parents.pretrain")
+            problems.append(("base.id", "needs a pretrain section or run.parents.pretrain"))
         if self.pretrain and self.base.id != "pretrain":
-            problems.append(f"a pretrain section has no effect while base.id={self.base.id}")
+            problems.append(("pretrain", f"has no effect while base.id={self.base.id}"))
         if self.pretrain and self.tokenizer.vocab_size is None and self.tokenizer.id is None:
-            problems.append("pretrain needs tokenizer.vocab_size (to train one) or tokenizer.id")
+            needed = "needs tokenizer.vocab_size, to train a tokenizer, or tokenizer.id"
+            problems.append(("pretrain", needed))
+        return problems
+
+    def _stage_problems(self) -> list[tuple[str, str]]:
+        problems = []
         for stage, data in (
             ("pretrain", "pretrain"),
             ("sft", "sft"),
@@ -372,16 +377,16 @@ class Recipe(Section):
             ("ppo", "prompts"),
         ):
             if getattr(self, stage) and getattr(self.data, data) is None:
-                problems.append(f"the {stage} stage needs data.{data}")
-        if self.reward and not (self.sft or self.run.parents.sft):
-            problems.append("the reward stage starts from sft: give an sft section or its parent")
-        if self.ppo:
-            if not (self.sft or self.run.parents.sft):
-                problems.append("the ppo stage starts from sft: give an sft section or its parent")
-            if self.ppo.reward == "model" and not (self.reward or self.run.parents.reward):
-                problems.append(
-                    "ppo.reward=model needs a reward section, run.parents.reward or a function"
-                )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+                problems.append((stage, f"needs a section data.{data}"))
+        sft = self.sft or self.run.parents.sft
+        for stage in ("reward", "ppo"):
+            if getattr(self, stage) and not sft:
+                problems.append((stage, "starts from sft: needs an sft section or run.parents.sft"))
+        if self.reward and self.reward.center_on == "demonstrations" and self.data.sft is None:
+            needed = "needs the demonstrations of data.sft; allowed without them: none"
+            problems.append(("reward.center_on", needed))
+        has_model = self.reward or self.run.parents.reward
+        if self.ppo and self.ppo.reward == "model" and not has_model:
+            needed = "needs a reward section, run.parents.reward, or a function as ppo.reward"
+            problems.append(("ppo.reward", needed))
+        return problems

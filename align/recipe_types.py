@@ -1,0 +1,61 @@
+"""The kinds of value that a recipe's keys take, and how a section refuses a combination of them."""
+
+from typing import Annotated, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+# A description, where one is given, is what an error message names as allowed.
+FunctionName = Annotated[
+    str,
+    Field(
+        pattern=r"^[^:\s]+:[A-Za-z_]\w*$",
+        description="a Python function as module:function or path.py:function",
+    ),
+]
+RunName = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=80,
+        description="at most 80 letters, digits, dots, dashes and underscores; first a letter or"
+        " digit",
+    ),
+]
+Strings = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+
+
+class Section(BaseModel):
+    """Every section: frozen, no unknown keys, no silent type conversion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def refuse_all(problems: list[tuple[str, str]]) -> NoReturn:
+    """Raise for a section's problems: the dotted key within the section, and what is wrong."""
+    text = "; ".join(f"{key}: {problem}" for key, problem in problems)
+    raise PydanticCustomError("recipe", "{text}", {"text": text, "problems": problems})
+
+
+def refuse(key: str, problem: str) -> NoReturn:
+    """Raise for one problem."""
+    refuse_all([(key, problem)])
+
+
+def refuse_planned(key: str, allowed: str) -> NoReturn:
+    """Refuse a value whose meaning does not exist yet, rather than ignore it."""
+    refuse(key, f"planned but not built yet; allowed today: {allowed}")
+
+
+def check_divides(key: str, part: int, whole_key: str, whole: int) -> None:
+    """Refuse a ``part`` that does not divide the ``whole``; the message lists what does."""
+    if whole % part:
+        divisors = [d for d in range(1, min(whole, 4096) + 1) if whole % d == 0]
+        allowed = ", ".join(map(str, divisors[-8:]))  # the largest: the likely choices
+        refuse(key, f"does not divide {whole_key}={whole}; allowed: {allowed}")
