@@ -1,0 +1,266 @@
+"""Rows of the published formats to records: one function per shape, told apart by their columns.
+
+A row that breaks its shape's rules is a ``Fault`` and refused; a row that is well formed but
+teaches nothing (two equal responses, an empty answer) is ``Dropped`` and counted.
+"""
+
+from collections.abc import Callable
+
+from align.errors import DataError
+from align.recipe import Source
+from data.conversations import (
+    MISSING,
+    Dropped,
+    Fault,
+    Fields,
+    describe,
+    expect_number,
+    expect_string,
+    join_input,
+    read_messages,
+    read_prompt,
+    read_response,
+    read_sharegpt,
+    split_pair,
+)
+from data.records import Demonstration, Message, Prompt, Ranking, Record, Text
+
+
+def _messages(row: Fields, source: Source) -> Record:
+    return _conversation(
+        read_messages(row.take("messages"), row.name("messages")), row.name("messages")
+    )
+
+
+def _sharegpt(row: Fields, source: Source) -> Record:
+    messages = read_sharegpt(row.take("conversations"), row.name("conversations"))
+    system = row.optional_text("system")
+    if system:
+        messages = (Message("system", system), *messages)
+    if row.get("chosen") is MISSING:
+        return _conversation(messages, row.name("conversations"))
+    answers = [read_sharegpt([row.take(key)], row.name(key)) for key in ("chosen", "rejected")]
+    chosen, rejected = (answer[-1].content for answer in answers)
+    return _ranking(messages, (chosen, rejected), (1.0, 0.0), row)
+
+
+def _alpaca(row: Fields, source: Source) -> Record:
+    prompt = join_input(row.text("instruction"), row.optional_text("input"))
+    turns = (Message("user", prompt), Message("assistant", row.text("output")))
+    return _conversation(turns, row.name("output"))
+
+
+def _prompt_completion(row: Fields, source: Source) -> Record:
+    prompt = read_prompt(row.take("prompt"), row.name("prompt"))
+    answer = read_response(row.take("completion"), prompt, row.name("completion"))
+    return _conversation((*prompt, Message("assistant", answer)), row.name("completion"))
+
+
+def _transcript_pairs(row: Fields, source: Source) -> Record:
+    prompt, chosen, rejected = split_pair(row.string("chosen"), row.string("rejected"), row)
+    return _ranking(prompt, (chosen, rejected), (1.0, 0.0), row)
+
+
+def _pairs(row: Fields, source: Source) -> Record:
+    if row.get("prompt") is MISSING:
+        sides = [read_messages(row.take(key), row.name(key)) for key in ("chosen", "rejected")]
+        prompt = sides[0][:-1]
+        if prompt != sides[1][:-1]:
+            raise Dropped("different_prompts")
+    else:
+        prompt = read_prompt(row.take("prompt"), row.name("prompt"))
+    chosen, rejected = (
+        read_response(row.take(key), prompt, row.name(key)) for key in ("chosen", "rejected")
+    )
+    margin = None if row.get("margin") in (MISSING, None) else row.number("margin")
+    return _ranking(prompt, (chosen, rejected), (1.0, 0.0), row, margin)
+
+
+def _labelled_pairs(row: Fields, source: Source) -> Record:
+    label = row.take("label")
+    better = source.labels.get(_label_text(label))
+    if better is None:
+        allowed = ", ".join(source.labels) or "none"
+        raise Fault(
+            row.name("label"), repr(label), f"one of labels ({allowed})", "add it to labels"
+        )
+    text = row.text("prompt")
+    if "input" in row.columns:
+        text = join_input(text, row.optional_text("input"))
+    scores = {"first": (1.0, 0.0), "second": (0.0, 1.0), "tie": (0.0, 0.0)}[better]
+    prompt = read_prompt(text, row.name("prompt"))
+    return _ranking(prompt, (row.text("first"), row.text("second")), scores, row)
+
+
+def _rankings(row: Fields, source: Source) -> Record:
+    prompt = read_prompt(row.take("prompt"), row.name("prompt"))
+    if row.get("candidates") is MISSING:
+        texts, scores = _parallel_lists(row)
+    else:
+        places = enumerate(row.several("candidates"))
+        items = [row.inside(item, f"candidates[{i}]") for i, item in places]
+        by_rank = "score" not in row.columns and items[0].get("rank") is not MISSING
+        texts = [item.text("text") for item in items]
+        scores = [-item.number("rank") if by_rank else item.number("score") for item in items]
+    return _ranking(prompt, tuple(texts), tuple(scores), row)
+
+
+def _parallel_lists(row: Fields) -> tuple[list[str], list[float]]:
+    by_rank = row.get("ranks") is not MISSING
+    texts, numbers = row.several("responses"), row.several("ranks" if by_rank else "scores")
+    name = row.name("ranks" if by_rank else "scores")
+    if len(numbers) != len(texts):
+        raise Fault(name, describe(numbers), f"{len(texts)} numbers, as responses", "complete it")
+    values = [expect_number(value, f"{name}[{i}]") for i, value in enumerate(numbers)]
+    responses = row.name("responses")
+    return (
+        [expect_string(text, f"{responses}[{i}]").strip() for i, text in enumerate(texts)],
+        [-value if by_rank else value for value in values],
+    )
+
+
+def _prompts(row: Fields, source: Source) -> Record:
+    if row.get("prompt") is MISSING and row.get("messages") is not MISSING:
+        return _conversation(
+            read_messages(row.take("messages"), row.name("messages")), row.name("messages")
+        )
+    return _conversation(read_prompt(row.take("prompt"), row.name("prompt")), row.name("prompt"))
+
+
+def _text(row: Fields, source: Source) -> Record:
+    text = row.string("text")
+    if not text.strip():
+        raise Dropped("empty_text")
+    return Text(text)
+
+
+_Reader = Callable[[Fields, Source], Record]
+# Per shape: its reader and our names of its fields, which `columns` may map.
+_SHAPES: dict[str, tuple[_Reader, tuple[str, ...]]] = {
+    "messages": (_messages, ("messages",)),
+    "sharegpt": (_sharegpt, ("conversations", "chosen", "rejected", "system")),
+    "alpaca": (_alpaca, ("instruction", "input", "output")),
+    "prompt_completion": (_prompt_completion, ("prompt", "completion")),
+    "transcript_pairs": (_transcript_pairs, ("chosen", "rejected")),
+    "pairs": (_pairs, ("prompt", "chosen", "rejected", "margin")),
+    "labelled_pairs": (_labelled_pairs, ("prompt", "input", "first", "second", "label")),
+    "ranking": (
+        _rankings,
+        ("prompt", "responses", "scores", "ranks", "candidates", "text", "rank", "score"),
+    ),
+    "prompts": (_prompts, ("prompt", "messages")),
+    "text": (_text, ("text",)),
+}
+
+
+def find_shape(row: object, source: Source, where: str) -> str:
+    """Return the source's shape: as told, else recognised by the columns of its first row.
+
+    Raises:
+        DataError: no shape fits, or ``columns`` maps fields that the shape does not have.
+    """
+    shape = source.shape if source.shape != "auto" else _recognise(row, source, where)
+    _, fields = _SHAPES[shape]
+    unknown = [field for field in source.columns if field not in fields]
+    if unknown:
+        raise DataError(
+            f"{where}: columns names {', '.join(unknown)}, which shape {shape} does not have;"
+            f" allowed are {', '.join(fields)}"
+        )
+    if shape == "labelled_pairs" and not source.labels:
+        raise DataError(
+            f"{where}: shape labelled_pairs needs labels: for every label in the file, whether"
+            " first or second is better, or tie; the same number means different things elsewhere"
+        )
+    return shape
+
+
+def to_record(row: object, shape: str, source: Source) -> Record:
+    """Return the row as a record; ``origin`` is left empty.
+
+    Raises:
+        Fault: the row is malformed.
+        Dropped: the row is well formed but nothing can be learned from it.
+    """
+    if not isinstance(row, dict):
+        raise Fault("row", type(row).__name__, "an object", "give every row named fields")
+    return _SHAPES[shape][0](Fields(row, source.columns), source)
+
+
+def _recognise(row: object, source: Source, where: str) -> str:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: got {type(row).__name__}, expected an object with named fields")
+    fields = Fields(row, source.columns)
+
+    def has(*names: str) -> bool:
+        return all(fields.get(name) is not MISSING for name in names)
+
+    if has("messages", "label"):
+        raise DataError(
+            f"{where}: messages with one label each (good or bad, without a pair) cannot be ranked;"
+            " shape: messages reads the conversations and ignores the label"
+        )
+    if has("chosen", "rejected") and not has("prompt") and isinstance(fields.get("chosen"), str):
+        return "transcript_pairs"
+    for shape, needed in (
+        ("sharegpt", ("conversations",)),
+        ("pairs", ("chosen", "rejected")),
+        ("labelled_pairs", ("prompt", "first", "second", "label")),
+        ("ranking", ("prompt", "candidates")),
+        ("ranking", ("prompt", "responses")),
+        ("alpaca", ("instruction", "output")),
+        ("prompt_completion", ("prompt", "completion")),
+        ("messages", ("messages",)),
+        ("prompts", ("prompt",)),
+        ("text", ("text",)),
+    ):
+        if has(*needed):
+            return shape
+    raise DataError(
+        f"{where}: no known shape has the columns {', '.join(map(str, row))};"
+        f" set shape (one of {', '.join(_SHAPES)}) and map its fields in columns"
+    )
+
+
+def _conversation(messages: tuple[Message, ...], field: str) -> Record:
+    roles = [message.role for message in messages]
+    if "user" not in roles or roles[-1] == "system":
+        found = ", ".join(roles)
+        raise Fault(field, f"turns of {found}", "a user turn and its answer", "correct the row")
+    if not next(m.content for m in reversed(messages) if m.role == "user"):
+        raise Dropped("empty_prompt")
+    if roles[-1] == "user":
+        return Prompt(messages)
+    if not messages[-1].content:
+        raise Dropped("empty_response")
+    return Demonstration(messages)
+
+
+def _ranking(
+    prompt: tuple[Message, ...],
+    responses: tuple[str, ...],
+    scores: tuple[float, ...],
+    row: Fields,
+    margin: float | None = None,
+) -> Record:
+    if prompt[-1].role != "user":
+        raise Fault("prompt", f"a last turn of {prompt[-1].role}", "a user turn", "cut it off")
+    if not prompt[-1].content:
+        raise Dropped("empty_prompt")
+    if not all(responses):
+        raise Dropped("empty_response")
+    # A text that is given twice has two judgements of one response: their mean.
+    judged: dict[str, list[float]] = {}
+    for response, score in zip(responses, scores, strict=True):
+        judged.setdefault(response, []).append(score)
+    if len(judged) < 2:
+        raise Dropped("identical_responses")
+    means = tuple(sum(values) / len(values) for values in judged.values())
+    if len(set(means)) == 1:
+        raise Dropped("all_tied")
+    return Ranking(prompt, tuple(judged), means, margin)
+
+
+def _label_text(label: object) -> str:
+    # As the label stands in a YAML or JSON file: `true`, not Python's `True`.
+    return str(label).lower() if isinstance(label, bool) else str(label)
