@@ -13,7 +13,7 @@ add a head. Which role a forward pass computes is decided by ``use(role)``:
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
@@ -192,18 +192,21 @@ def _add_adapters(base: PreTrainedModel, adapters: dict[Role, Path]) -> PeftMode
         # The score head of a reward adapter is ours to hold, next to the base and not inside it.
         config.modules_to_save, config.task_type, config.inference_mode = None, None, False
         config.lora_dropout = 0.0
-        if model is None:
-            model = PeftModel(base, config, adapter_name=role)
-        else:
-            model.add_adapter(role, config)
         tensors = load_file(folder / ADAPTER_FILE)
         weights = {key: value for key, value in tensors.items() if ".lora_" in key}
-        result = set_peft_model_state_dict(model, weights, adapter_name=role)
-        missing = [key for key in result[0] if f".{role}." in key]
-        unplaced = result[1]
-        if missing or unplaced:
+        try:
+            if model is None:
+                model = PeftModel(base, config, adapter_name=role)
+            else:
+                model.add_adapter(role, config)
+            result: Any = set_peft_model_state_dict(model, weights, adapter_name=role)
+        except (ValueError, RuntimeError) as error:  # other layers, or other sizes
+            raise ParentError(f"{folder}: its adapter does not fit the base: {error}") from error
+        missing = [key for key in result.missing_keys if f".{role}." in key]
+        if missing or result.unexpected_keys:
             raise ParentError(
                 f"{folder}: its adapter does not fit the base: {len(missing)} tensors missing"
-                f" ({missing[:1]}), {len(unplaced)} without a place ({unplaced[:1]})"
+                f" {missing[:1]}, {len(result.unexpected_keys)} without a place"
+                f" {result.unexpected_keys[:1]}"
             )
     return model

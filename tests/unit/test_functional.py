@@ -241,7 +241,8 @@ def test_t27_missing_eos_is_subtracted_or_replaced_only_where_the_response_did_n
 
 # Ziegler et al. 2019: error clipped to 0.2, gain n / horizon.
 @pytest.mark.parametrize(
-    ("kl", "expected"), [(6.0, 0.15), (60.0, 0.15 * 1.00512), (0.0, 0.15 * 0.99488), (6.6, 0.150384)]
+    ("kl", "expected"),
+    [(6.0, 0.15), (60.0, 0.15 * 1.00512), (0.0, 0.15 * 0.99488), (6.6, 0.150384)],
 )
 def test_adaptive_kl_coefficient(kl, expected):
     coef = next_kl_coef(0.15, kl, target=6.0, horizon=10_000, num_responses=256)
