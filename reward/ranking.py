@@ -161,3 +161,33 @@ def _effective_count(deviations: Tensor, owners: Tensor, variance: float) -> flo
     if spread == 0 or variance == 0:
         return float(sums.numel())
     return min(float(count), max(1.0, variance / spread))
+
+
+def ranking_metrics(
+    scores: Tensor, groups: Tensor, targets: Tensor, lengths: Tensor
+) -> dict[str, float]:
+    """Return what held-out rankings say about a reward model, under the keys of the metrics log.
+
+    ``accuracy`` is over strict pairs, with its 90 % interval; ``accuracy/longer_wins`` is that of
+    preferring the longer response, on the same pairs; ``margin/mean`` is better minus worse score.
+
+    Args:
+        scores, groups, targets: ``[N]``, see ``ranking_loss``.
+        lengths: ``[N]``, the responses' lengths.
+
+    Returns:
+        Nothing if there is no strict pair.
+    """
+    outcomes, owners = pair_outcomes(scores, groups, targets)
+    if outcomes.numel() == 0:
+        return {}
+    accuracy = share_with_interval(outcomes, owners)
+    longer, _ = pair_outcomes(lengths, groups, targets)
+    return {
+        "loss": ranking_loss(scores, groups, targets).item(),
+        "accuracy": accuracy.mean,
+        "accuracy/low": accuracy.low,
+        "accuracy/high": accuracy.high,
+        "accuracy/longer_wins": longer.double().mean().item(),
+        "margin/mean": mean_margin(scores, groups, targets),
+    }

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 # (input_ids [B, T], attention_mask [B, T] bool) -> scores [B]
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
@@ -47,10 +48,7 @@ def score_rows(
 
 def pad_rows(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Pad rows on the right: ``input_ids`` [B, T] long and ``attention_mask`` [B, T] bool."""
-    width = max(map(len, rows))
-    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    attention_mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
-        attention_mask[index, : len(row)] = True
-    return input_ids, attention_mask
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    input_ids = pad_sequence(tensors, batch_first=True, padding_value=pad_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    return input_ids, torch.arange(input_ids.shape[1]) < lengths[:, None]

@@ -1,0 +1,306 @@
+"""Stage 2: a reward model learns from ranked responses which of two an annotator would prefer.
+
+It starts from the SFT model (its adapter) with a random score head, is trained by the ranking loss
+of InstructGPT, and is then shifted so that the demonstrations score 0 on average.
+"""
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from align.errors import InputError, TrainingError
+from align.models import base_facts, base_location, load_causal_lm
+from align.recipe import Recipe, Reward
+from align.seeds import derive_seed
+from data.records import Demonstration, Ranking, Record, as_demonstration
+from data.render import Renderer, Unusable, render_all
+from pipelines.stage import StageJob, StageResult
+from pipelines.trainer_log import connect, num_steps, trainer_settings
+from reward.calibrate import center_on
+from reward.model import RewardModel, load_reward_model, new_reward_model
+from reward.ranking import count_rankings, pair_outcomes, ranking_loss, ranking_metrics
+from reward.scorer import pad_rows, score_rows
+
+CENTERING_ROWS = 512  # demonstrations that fix the zero of the scores
+TRAIN_ACCURACY_ROWS = 512  # rankings that show how much was learned by heart
+PROBE_ROWS = 16  # demonstrations or responses on which the saved model is compared with the live
+RELOAD_TOLERANCE = 1e-5
+
+Batch = dict[str, Tensor]
+Row = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class RankedTokens:
+    """One ranking as token ids: the responses end with the end-of-turn id."""
+
+    prompt: list[int]
+    responses: tuple[list[int], ...]
+    targets: tuple[float, ...]  # higher is better
+    margin: float | None
+
+    def rows(self) -> list[Row]:
+        """Return a row to score for each response."""
+        return [(self.prompt, response) for response in self.responses]
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """What the stage trains on, measures on and centres on, as token ids."""
+
+    train: list[RankedTokens]
+    heldout: list[RankedTokens]
+    demonstrations: list[Row]
+    dropped: dict[str, Counter[str]]
+    pad_id: int
+
+
+def run(job: StageJob) -> StageResult:
+    """Train, measure, centre, save and check a reward model; see the module's docstring."""
+    recipe, section = job.recipe, job.recipe.reward
+    assert section is not None
+    location = base_location(recipe)
+    facts = base_facts(location, recipe.base.revision)
+    tokenizer = AutoTokenizer.from_pretrained(job.parent_folder("sft") / "model")
+    job.check_origin(tokenizer, facts)
+    tokens = _tokenize(job, tokenizer)
+
+    model = new_reward_model(
+        load_causal_lm(recipe, location),
+        recipe.adapter,
+        job.parent_folder("sft") / "model",
+        derive_seed(recipe.seed, "reward", "head"),
+    )
+    steps = _train(job, model, tokens)
+    score = _scorer(model, section, tokens.pad_id)
+    if tokens.demonstrations:
+        calibration = center_on(score(tokens.demonstrations))
+        model.head.shift.fill_(calibration.shift)
+        model.head.scale.fill_(calibration.scale)
+    metrics = _measure(score, tokens)
+    job.log.log(steps, metrics)
+
+    folder = job.directory / "model"
+    model.save(folder, location)
+    tokenizer.save_pretrained(folder)
+    probe = (tokens.demonstrations or tokens.train[0].rows())[:PROBE_ROWS]
+    expected = score(probe)
+    # The live model goes first: two of them need not fit into memory.
+    del model, score
+    gc.collect()
+    check_reload(recipe, location, folder, probe, expected, tokens.pad_id)
+    return StageResult(metrics, ("model",), tokenizer, facts, tokens.dropped)
+
+
+def ranked_tokens(renderer: Renderer, ranking: Ranking) -> RankedTokens:
+    """Render a ranking: the prompt as PPO will see it, each response up to its end of turn.
+
+    Raises:
+        Unusable: a response is too long, or two with different scores are the same tokens: such a
+            pair teaches nothing and biases the accuracy.
+    """
+    responses = tuple(renderer.response(ranking.messages, text) for text in ranking.responses)
+    judged = zip(responses, ranking.scores, strict=True)
+    for (first, first_score), (second, second_score) in combinations(judged, 2):
+        if first == second and first_score != second_score:
+            raise Unusable("identical_responses")
+    return RankedTokens(
+        renderer.prompt(ranking.messages), responses, ranking.scores, ranking.margin
+    )
+
+
+def collate(rows: Sequence[RankedTokens], pad_id: int) -> Batch:
+    """Flatten rankings to one row per response.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` ``[N, T]``, ``groups`` and ``targets`` ``[N]`` as in
+        ``reward.ranking``, and ``margins`` ``[len(rows)]``, NaN where a ranking has none.
+    """
+    flat = [prompt + response for row in rows for prompt, response in row.rows()]
+    input_ids, attention_mask = pad_rows(flat, pad_id)
+    counts = torch.tensor([len(row.responses) for row in rows])
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "groups": torch.arange(len(rows)).repeat_interleave(counts),
+        "targets": torch.tensor([target for row in rows for target in row.targets]),
+        "margins": torch.tensor(
+            [float("nan") if row.margin is None else row.margin for row in rows]
+        ),
+    }
+
+
+class RankingTrainer(Trainer):
+    """A trainer whose batches are rankings.
+
+    Loss and gradient of an optimiser step are means over its rankings, whatever the micro batches
+    are, and also where the last batch of an epoch is smaller.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *, margin: bool, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._margin = margin
+        self._right, self._pairs = 0.0, 0  # since the last log line
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        counts = [count_rankings(batch["groups"], batch["targets"]) for batch in batch_samples]
+        return torch.stack(counts).sum().clamp(min=1).to(device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return this micro batch's share of the optimiser step's ranking loss."""
+        scores = model(inputs["input_ids"], inputs["attention_mask"])
+        groups, targets = inputs["groups"], inputs["targets"]
+        loss = ranking_loss(
+            scores,
+            groups,
+            targets,
+            margins=inputs["margins"] if self._margin else None,
+            num_rankings=num_items_in_batch,
+        )
+        outcomes, _ = pair_outcomes(scores.detach(), groups, targets)
+        self._right += outcomes.sum().item()
+        self._pairs += outcomes.numel()
+        return (loss, {"scores": scores}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the accuracy on the pairs since the last line."""
+        if "loss" in logs and self._pairs:
+            logs["accuracy"] = self._right / self._pairs
+            self._right, self._pairs = 0.0, 0
+        super().log(logs, start_time)
+
+
+def check_reload(
+    recipe: Recipe,
+    location: str,
+    folder: Path,
+    probe: Sequence[Row],
+    expected: Tensor,
+    pad_id: int,
+) -> None:
+    """Load a saved reward model on a fresh base and compare its scores with the live model's.
+
+    Raises:
+        TrainingError: they differ.
+    """
+    model = load_reward_model(load_causal_lm(recipe, location), folder).to(_device())
+    found = score_rows(model, probe, batch_size=len(probe), pad_id=pad_id, device=_device())
+    difference = (found - expected).abs().max().item()
+    if not difference <= RELOAD_TOLERANCE:
+        raise TrainingError(
+            f"{folder}: the saved reward model scores differently from the trained one, by up to"
+            f" {difference:.2g} ({RELOAD_TOLERANCE:g} is allowed); it cannot be used"
+        )
+
+
+def _tokenize(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
+    limits = job.recipe.data
+    renderer = Renderer(tokenizer, limits.max_prompt_tokens, limits.max_response_tokens)
+
+    def render(record: Record) -> RankedTokens:
+        assert isinstance(record, Ranking)
+        return ranked_tokens(renderer, record)
+
+    train, dropped = render_all(job.data["reward"].train, render)
+    heldout, heldout_dropped = render_all(job.data["reward"].heldout, render)
+    dropped += heldout_dropped
+    job.check_dropped("reward", dropped)
+    if not train:
+        raise InputError("data.reward: no training row is left once tokenised")
+    assert isinstance(tokenizer.pad_token_id, int)
+    demonstrations = _demonstrations(job, renderer)
+    return Tokenized(train, heldout, demonstrations, {"reward": dropped}, tokenizer.pad_token_id)
+
+
+def _demonstrations(job: StageJob, renderer: Renderer) -> list[Row]:
+    """Return the demonstrations to centre on; what is unusable was counted by the SFT stage."""
+    assert job.recipe.reward is not None
+    if job.recipe.reward.center_on == "none":
+        return []
+
+    def render(record: Record) -> Row:
+        assert isinstance(record, Demonstration | Ranking)
+        tokens = renderer.demonstration(as_demonstration(record).messages)
+        return tokens.input_ids, []
+
+    records = job.data["sft"].train[:CENTERING_ROWS] if "sft" in job.data else ()
+    rows, _ = render_all(records, render)
+    if not rows:
+        raise InputError(
+            "reward.center_on=demonstrations: data.sft has none; give data.sft or center_on=none"
+        )
+    return rows
+
+
+def _train(job: StageJob, model: RewardModel, tokens: Tokenized) -> int:
+    """Train in place; return the number of optimiser steps."""
+    section = job.recipe.reward
+    assert section is not None
+    steps = num_steps(len(tokens.train), section, section.epochs)
+    seed = derive_seed(job.recipe.seed, "reward", "training")
+    trainer = RankingTrainer(
+        margin=section.margin,
+        model=model,
+        args=TrainingArguments(
+            **trainer_settings(section, job.directory, steps=steps, seed=seed),
+            remove_unused_columns=False,
+        ),
+        train_dataset=tokens.train,
+        data_collator=lambda rows: collate(rows, tokens.pad_id),
+    )
+    connect(trainer, job.log)
+    trainer.train()
+    model.eval()
+    return steps
+
+
+def _scorer(model: RewardModel, section: Reward, pad_id: int) -> Callable[[Sequence[Row]], Tensor]:
+    batch_size = 2 * (section.micro_batch_size or section.batch_size)
+
+    def score(rows: Sequence[Row]) -> Tensor:
+        return score_rows(model, rows, batch_size=batch_size, pad_id=pad_id, device=_device())
+
+    return score
+
+
+def _measure(score: Callable[[Sequence[Row]], Tensor], tokens: Tokenized) -> dict[str, float]:
+    metrics = _metrics(score, tokens.heldout)
+    train = _metrics(score, tokens.train[:TRAIN_ACCURACY_ROWS])
+    if "accuracy" in train:
+        metrics["accuracy/train"] = train["accuracy"]
+    return metrics
+
+
+def _metrics(
+    score: Callable[[Sequence[Row]], Tensor], rankings: Sequence[RankedTokens]
+) -> dict[str, float]:
+    if not rankings:
+        return {}
+    counts = torch.tensor([len(ranking.responses) for ranking in rankings])
+    rows = [row for ranking in rankings for row in ranking.rows()]
+    return ranking_metrics(
+        score(rows),
+        torch.arange(len(rankings)).repeat_interleave(counts),
+        torch.tensor([target for ranking in rankings for target in ranking.targets]),
+        torch.tensor([len(response) for _, response in rows]),
+    )
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
