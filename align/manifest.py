@@ -7,10 +7,10 @@ relative to the stage's folder: a run tree can be moved.
 import hashlib
 import json
 import os
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from align.errors import ParentError
 from align.recipe import StageName
@@ -19,7 +19,15 @@ FILE = "stage.json"
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A metric may be NaN; as null it would not read back.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name} points outside the stage's folder")
+    return name
 
 
 class BaseFacts(_Part):
@@ -67,7 +75,7 @@ class Manifest(_Part):
     parents: tuple[ParentFacts, ...]
     data: tuple[DataFacts, ...]
     metrics: dict[str, float]
-    outputs: dict[str, str]
+    outputs: dict[Annotated[str, AfterValidator(_inside)], str]
     wandb_id: str | None
     started: str
     finished: str
@@ -89,7 +97,7 @@ def sha256_outputs(directory: Path, names: tuple[str, ...]) -> dict[str, str]:
     for name in names:
         path = directory / name
         files += [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-    return {str(p.relative_to(directory)): sha256_file(p) for p in sorted(files)}
+    return {p.relative_to(directory).as_posix(): sha256_file(p) for p in sorted(files)}
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -105,7 +105,8 @@ def source_fingerprint(recipe: Recipe, source: Source) -> dict[str, str]:
     if path.is_dir():
         raise DataError(f"{path}: is a directory; name the files in it, one source each")
     if not path.is_file():
-        raise DataError(f"{path}: no such file; relative paths start at data.root={recipe.data.root}")
+        root = recipe.data.root
+        raise DataError(f"{path}: no such file; relative paths start at data.root={root}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
     return {"id": str(source.path), "sha256": sha256_file(path)}
@@ -134,10 +135,23 @@ def inputs_sha256(recipe: Recipe, stage: StageName, parents: dict[StageName, Man
                 for data in stage_data(recipe, stage).values()
                 for source in (*data.train, *data.heldout)
             ],
+            "files": [sha256_file(path) for path in _files(recipe, stage) if path.is_file()],
             "parents": {name: manifest.outputs_sha256() for name, manifest in parents.items()},
             "code": align.__version__,
         }
     )
+
+
+def _files(recipe: Recipe, stage: StageName) -> list[Path]:
+    """Return the files besides the data that decide the stage's result."""
+    names = [recipe.tokenizer.chat_template]
+    functions: list[str | None] = []
+    if stage == "ppo" and recipe.ppo is not None:
+        functions.append(recipe.ppo.reward)
+    if stage in ("ppo", "evaluate") and recipe.evaluate is not None:
+        functions += [recipe.evaluate.gold, recipe.evaluate.category]
+    names += [name.rpartition(":")[0] for name in functions if name]
+    return [Path(name) for name in names if name]
 
 
 def read_parents(recipe: Recipe, stage: StageName) -> dict[StageName, Manifest]:
@@ -170,9 +184,24 @@ def why_not_done(recipe: Recipe, stage: StageName) -> str | None:
         if parent is None:
             return f"its parent stage {name} has to run first"
         parents[name] = parent
-    if manifest.inputs_sha256 != inputs_sha256(recipe, stage, parents):
-        return "its recipe section, data, parents or code have changed"
-    return None
+    if manifest.inputs_sha256 == inputs_sha256(recipe, stage, parents):
+        return None
+    return _what_changed(recipe, stage, manifest, parents)
+
+
+def _what_changed(
+    recipe: Recipe, stage: StageName, manifest: Manifest, parents: dict[StageName, Manifest]
+) -> str:
+    if manifest.code_version != align.__version__:
+        return f"made by Align {manifest.code_version}, this is {align.__version__}"
+    if manifest.recipe_sha256 != recipe_sha256(recipe, stage):
+        return "its settings in the recipe have changed"
+    before = {parent.stage: parent.sha256 for parent in manifest.parents}
+    now = {name: parent.outputs_sha256() for name, parent in parents.items()}
+    changed = [name for name in STAGES if before.get(name) != now.get(name)]
+    if changed:
+        return f"its parent {' and '.join(changed)} has changed"
+    return "its data have changed"
 
 
 def _digest(value: object) -> str:
