@@ -1,0 +1,343 @@
+"""The ``align`` command.
+
+Torch is never imported here: help, mistakes in a recipe and the look at what is already done
+answer at once. The work happens in processes of its own, started by ``launch.experiment``.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from align import __version__
+from align.errors import AlignError, InputError
+from align.recipe import StageName
+from align.recipe_io import find_recipe, shipped_recipes
+from launch import experiment as experiments
+from launch.experiment import ChildError, Experiment, Settings
+from launch.packages import check_packages
+from launch.processes import Stopped, catch_signals
+from launch.verify import verify_run
+
+app = typer.Typer(
+    name="align",
+    help="Turn a base language model into an aligned one: SFT, a reward model, PPO.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+recipes = typer.Typer(help="List, show and copy the recipes that come with Align.")
+app.add_typer(recipes, name="recipes", invoke_without_command=True)
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")
+]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run directory, or the recipe that made it.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, as in ppo.lr=1e-5."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Redo what is up to date.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be started, and why.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
+
+_PLANNED = ("plan", "data", "compare", "label", "chat", "export")
+
+
+def main() -> None:
+    """Run the command line and end the process with 0, 1 (failed) or 2 (bad input or usage)."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    catch_signals()
+    try:
+        check_packages()
+        app()
+    except ChildError as error:
+        sys.exit(error.exit_code)
+    except Stopped as stopped:
+        if not stopped.announced:
+            name = signal.Signals(stopped.signum).name
+            print(f"error: stopped by {name}; the same command continues", file=sys.stderr)
+        sys.exit(128 + stopped.signum)
+    except BrokenPipeError:
+        # The reader of our output has gone; what Python flushes at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (AlignError, OSError) as error:
+        _fail(error)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"align {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run every stage of the recipe that is not up to date, then write the report."""
+    settings = _settings(force, debug, as_json)
+    experiment = experiments.open_recipe(recipe, overrides or (), settings)
+    stages = experiments.planned(experiment)
+    if dry_run:
+        _show_plan(experiment, stages)
+        return
+    experiments.run_stages(experiment, stages)
+    report = experiment.directory / experiments.REPORT
+    ran = any(result["status"] == "done" for result in experiment.results.values())
+    if ran or not report.is_file():
+        experiments.write_report(experiment)
+    if as_json:
+        _print_json(_summary(experiment) | {"report": str(report)})
+    if not ran:
+        settings.say("everything is up to date; --force redoes it")
+    settings.say(f"report: {report}")
+
+
+def _stage_command(stage: StageName, text: str) -> None:
+    @app.command(name=stage, help=text)
+    def command(
+        recipe: RecipeName,
+        overrides: Overrides = None,
+        force: Force = False,
+        dry_run: DryRun = False,
+        as_json: Json = False,
+        debug: Debug = False,
+    ) -> None:
+        settings = _settings(force, debug, as_json)
+        experiment = experiments.open_recipe(recipe, overrides or (), settings)
+        if dry_run:
+            _show_plan(experiment, experiments.one(experiment, stage))
+            return
+        experiments.run_stages(experiment, experiments.single(experiment, stage))
+        if as_json:
+            _print_json(_summary(experiment))
+
+
+_stage_command("pretrain", "Make a small base model from plain text.")
+_stage_command("sft", "Tune the base on demonstrations.")
+_stage_command("reward", "Train the reward model on ranked responses, starting from SFT.")
+_stage_command("ppo", "Optimise the SFT policy against the reward model with PPO.")
+
+
+@app.command(name="eval")
+def evaluate(
+    run: RunName,
+    overrides: Overrides = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure every finished model of a run on held-out data."""
+    settings = _settings(force, debug, as_json)
+    experiment = experiments.open_run(run, overrides or (), settings)
+    if experiment.recipe.evaluate is None:
+        again = [*experiment.overrides, "evaluate={}"]
+        experiment = experiments.open_recipe(str(experiment.file), again, settings)
+    if dry_run:
+        _show_plan(experiment, experiments.one(experiment, "evaluate"))
+        return
+    experiments.run_stages(experiment, experiments.single(experiment, "evaluate"))
+    metrics = _by_model(experiment.results["evaluate"]["metrics"])
+    if as_json:
+        _print_json(metrics)
+    else:
+        _print_table(metrics)
+
+
+@app.command()
+def report(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
+    """Write a run's report: one self-contained HTML page."""
+    settings = _settings(False, debug, as_json)
+    path = experiments.write_report(experiments.open_run(run, (), settings))
+    if as_json:
+        _print_json({"report": str(path)})
+    else:
+        print(path)
+
+
+@app.command()
+def verify(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
+    """Check every file of a run against the hashes in its manifests; exit 1 if one differs."""
+    folder = Path(run)
+    if not folder.is_dir():
+        folder = experiments.open_recipe(run, (), _settings(False, debug, as_json)).directory
+    checks = verify_run(folder)
+    wrong = any(check.problems for check in checks.values())
+    if as_json:
+        stages = {stage: vars(check) for stage, check in checks.items()}
+        _print_json({"run": str(folder), "ok": not wrong, "stages": stages})
+    else:
+        for stage, check in checks.items():
+            files = f" ({check.files} files)" if check.files else ""
+            print(f"{stage}: {check.state}{files}")
+            for problem in check.problems:
+                print(f"  {stage}/{problem}")
+    raise typer.Exit(1 if wrong else 0)
+
+
+@app.command()
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Show this machine, the libraries and GPUs, and what is wrong with them."""
+    from launch.doctor import examine  # nothing else needs what it imports
+
+    facts = examine()
+    if as_json:
+        _print_json(facts)
+    else:
+        problems = facts.pop("problems")
+        for name, value in facts.items():
+            inner = value.items() if isinstance(value, dict) else ()
+            print(f"{name}" if inner else f"{name:14} {_readable(value)}")
+            for key, part in inner:
+                print(f"  {key:16} {_readable(part)}")
+        for problem in problems:
+            print(f"problem: {problem}")
+        facts["problems"] = problems
+        print("no problems found" if not problems else f"problems: {len(problems)}")
+    raise typer.Exit(1 if facts["problems"] else 0)
+
+
+@recipes.callback()
+def _recipes(context: typer.Context, as_json: Json = False) -> None:
+    if context.invoked_subcommand is None:
+        list_recipes(as_json)
+
+
+@recipes.command(name="list")
+def list_recipes(as_json: Json = False) -> None:
+    """List the shipped recipes."""
+    found = {name: _first_comment(path) for name, path in shipped_recipes().items()}
+    if as_json:
+        _print_json(found)
+        return
+    width = max(map(len, found), default=0)
+    for name, text in found.items():
+        print(f"{name:{width}}  {text}".rstrip())
+
+
+@recipes.command()
+def show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Print a recipe as it was written, comments included."""
+    print(find_recipe(name).read_text(encoding="utf-8"), end="")
+
+
+@recipes.command()
+def copy(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    to: Annotated[str | None, typer.Argument(metavar="FILE")] = None,
+) -> None:
+    """Copy a shipped recipe here, to change it."""
+    source = find_recipe(name)
+    target = Path(to or f"{name.replace('/', '-').removesuffix('.yaml')}.yaml")
+    if target.is_dir():
+        target /= f"{Path(name).name}.yaml"
+    if target.exists():
+        raise InputError(f"{target}: exists already; name another file")
+    shutil.copyfile(source, target)
+    print(target)
+
+
+def _refuse_planned(name: str) -> None:
+    @app.command(name=name, hidden=True, context_settings={"ignore_unknown_options": True})
+    def command(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> NoReturn:
+        raise InputError(f"align {name} is planned but not built yet; `align --help` lists what is")
+
+
+for _name in _PLANNED:
+    _refuse_planned(_name)
+
+
+def _settings(force: bool, debug: bool, as_json: bool) -> Settings:
+    def say(text: str) -> None:
+        print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+    return Settings(force, debug, as_json, say)
+
+
+def _fail(error: AlignError | OSError) -> NoReturn:
+    """Print the error for a user, or for a developer with --debug, and end the process."""
+    if "--debug" in sys.argv:
+        traceback.print_exception(error)
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(error.exit_code if isinstance(error, AlignError) else 1)
+
+
+def _show_plan(experiment: Experiment, stages: tuple[StageName, ...]) -> None:
+    plan = experiments.plan(experiment, stages)
+    if experiment.settings.json:
+        _print_json({"run": str(experiment.directory), "stages": plan})
+        return
+    for stage, facts in plan.items():
+        why = f" ({facts['why']})" if facts["why"] else ""
+        print(f"{stage}: {facts['state']}{why}\n  {facts['command']}")
+
+
+def _summary(experiment: Experiment) -> dict[str, Any]:
+    return {"run": str(experiment.directory), "stages": experiment.results}
+
+
+def _by_model(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Group ``{"ppo/kl/mean": 1.0}`` into ``{"ppo": {"kl/mean": 1.0}}``."""
+    result: dict[str, dict[str, float]] = {}
+    for key, value in metrics.items():
+        model, _, name = key.partition("/")
+        result.setdefault(model, {})[name] = value
+    return result
+
+
+def _print_table(metrics: dict[str, dict[str, float]]) -> None:
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    width = max(map(len, names), default=0)
+    print(" " * width + "".join(f"{model:>12}" for model in metrics))
+    for name in names:
+        cells = (f"{v[name]:12.4g}" if name in v else " " * 12 for v in metrics.values())
+        print(f"{name:{width}}{''.join(cells)}".rstrip())
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    """Put null for NaN and infinities, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, list):
+        return "; ".join(", ".join(map(str, part.values())) for part in value) or "none"
+    return "none" if value is None else str(value)
+
+
+def _first_comment(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        line = file.readline()
+    return line.removeprefix("#").strip() if line.startswith("#") else ""

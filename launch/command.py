@@ -1,0 +1,61 @@
+"""The exact command and environment of every process that Align starts. Pure: nothing runs here."""
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from align.recipe import StageName
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A process to start: its arguments, and what it gets besides the caller's environment."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+
+    def shell_line(self) -> str:
+        """Return the line that does the same when pasted into a shell."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.env.items()]
+        return " ".join([*settings, shlex.join(self.argv)])
+
+
+@dataclass(frozen=True, slots=True)
+class Python:
+    """The interpreter to start, the folder that holds our packages, and the inherited settings."""
+
+    executable: str
+    root: Path
+    environ: Mapping[str, str]
+
+    def module(self, name: str, arguments: Sequence[str]) -> Command:
+        """Return ``python -m name arguments``, set up so that our packages win.
+
+        ``data``, ``reward`` and the rest are common names: without PYTHONSAFEPATH a ``data.py`` in
+        the user's working directory would be imported in place of ours.
+        """
+        inherited = self.environ.get("PYTHONPATH", "").split(os.pathsep)
+        paths = [str(self.root), *(p for p in inherited if p and p != str(self.root))]
+        env = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        return Command((self.executable, "-m", name, *arguments), env)
+
+
+def stage_command(
+    python: Python,
+    stage: StageName,
+    recipe: Path,
+    overrides: Sequence[str] = (),
+    *,
+    force: bool = False,
+    debug: bool = False,
+) -> Command:
+    """Return the process that makes one stage."""
+    flags = ["--force"] * force + ["--debug"] * debug
+    return python.module("pipelines.stage", [stage, str(recipe), *overrides, *flags])
+
+
+def report_command(python: Python, run: Path) -> Command:
+    """Return the process that writes a run's report."""
+    return python.module("pipelines.report", [str(run)])

@@ -1,0 +1,221 @@
+"""Bring an experiment up to date: start the stages that are not done, in order, then the report."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.errors import AlignError, InputError
+from align.manifest import read_manifest
+from align.recipe import Recipe, StageName
+from align.recipe_io import find_recipe, load_recipe
+from align.stages import (
+    parent_stages,
+    planned_stages,
+    read_parents,
+    run_directory,
+    stage_directory,
+    why_not_done,
+)
+from launch import processes
+from launch.command import Command, Python, report_command, stage_command
+from launch.packages import ROOT
+
+REPORT = "report.html"
+
+
+class ChildError(AlignError):
+    """A process that we started has failed; it has told the user why itself."""
+
+    def __init__(self, exit_code: int) -> None:
+        """Keep the code, to end with it ourselves."""
+        super().__init__()
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How the command was called. ``say`` prints a line for the user."""
+
+    force: bool = False
+    debug: bool = False
+    json: bool = False
+    say: Callable[[str], None] = print
+
+
+@dataclass
+class Experiment:
+    """A recipe, as the user gave it and as it was read."""
+
+    file: Path
+    overrides: list[str]
+    recipe: Recipe
+    settings: Settings
+    results: dict[StageName, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return run_directory(self.recipe)
+
+    def command(self, stage: StageName) -> Command:
+        """Return the process that makes the stage."""
+        return stage_command(
+            _python(),
+            stage,
+            self.file,
+            self.overrides,
+            force=self.settings.force,
+            debug=self.settings.debug,
+        )
+
+
+def open_recipe(name: str, overrides: Sequence[str], settings: Settings) -> Experiment:
+    """Read a recipe file or shipped recipe.
+
+    Raises:
+        RecipeError: lists everything that is wrong with it.
+    """
+    file = find_recipe(name)
+    return Experiment(file, list(overrides), load_recipe(file, overrides), settings)
+
+
+def open_run(name: str, overrides: Sequence[str], settings: Settings) -> Experiment:
+    """Read the recipe of a run directory, wherever it lies today; else a recipe as above.
+
+    Raises:
+        InputError: the directory is no run.
+        RecipeError: lists everything that is wrong with the recipe.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return open_recipe(name, overrides, settings)
+    file = folder / "recipe.yaml"
+    if not file.is_file():
+        raise InputError(f"{folder}: not a run directory: recipe.yaml is missing")
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
+    # json.dumps: a YAML scalar that is text whatever it looks like.
+    here = [f"run.root={json.dumps(str(folder.parent))}"]
+    if load_recipe(file).name != folder.name:
+        here.append(f"name={json.dumps(folder.name)}")
+    return open_recipe(str(file), [*here, *overrides], settings)
+
+
+def planned(experiment: Experiment) -> tuple[StageName, ...]:
+    """Return the stages that the recipe makes.
+
+    Raises:
+        InputError: it makes none.
+    """
+    stages = planned_stages(experiment.recipe)
+    if not stages:
+        raise InputError(f"{experiment.file}: has no section of a stage; nothing to do")
+    return stages
+
+
+def one(experiment: Experiment, stage: StageName) -> tuple[StageName, ...]:
+    """Return the one stage.
+
+    Raises:
+        InputError: the recipe does not make it.
+    """
+    stages = planned(experiment)
+    if stage not in stages:
+        found = ", ".join(stages)
+        raise InputError(f"{experiment.file}: makes no {stage} stage; its stages: {found}")
+    return (stage,)
+
+
+def single(experiment: Experiment, stage: StageName) -> tuple[StageName, ...]:
+    """Return the one stage, after a look at what it builds on.
+
+    Raises:
+        InputError: the recipe does not make it.
+        ParentError: a parent is not finished or does not fit.
+    """
+    stages = one(experiment, stage)
+    read_parents(experiment.recipe, stage)
+    return stages
+
+
+def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
+    """Run those of the stages that are not up to date; ``experiment.results`` says what happened.
+
+    Raises:
+        ChildError: a stage has failed; the later ones were not started.
+    """
+    settings = experiment.settings
+    for stage in stages:
+        # Asked only now: a stage is stale as soon as the one before it was redone.
+        why = _why(experiment, stage)
+        seconds = 0.0
+        if why is None:
+            settings.say(f"{stage}: up to date")
+        else:
+            settings.say(f"{stage}: running ({why})")
+            started = time.monotonic()
+            _start(experiment.command(stage), settings)
+            seconds = time.monotonic() - started
+            settings.say(f"{stage}: done in {seconds:.1f} s")
+        manifest = read_manifest(stage_directory(experiment.recipe, stage), stage)
+        experiment.results[stage] = {
+            "status": "skipped" if why is None else "done",
+            "why": why,
+            "seconds": round(seconds, 3),
+            "metrics": manifest.metrics,
+        }
+
+
+def write_report(experiment: Experiment) -> Path:
+    """Write the run's report and return where it lies.
+
+    Raises:
+        ChildError: it could not be written.
+    """
+    _start(report_command(_python(), experiment.directory), experiment.settings)
+    return experiment.directory / REPORT
+
+
+def plan(experiment: Experiment, stages: Sequence[StageName]) -> dict[StageName, dict[str, Any]]:
+    """Say for each stage whether it would run, why, and as which process; nothing is started."""
+    result: dict[StageName, dict[str, Any]] = {}
+    would_run: set[StageName] = set()
+    for stage in stages:
+        first = [name for name in parent_stages(experiment.recipe, stage) if name in would_run]
+        if first:
+            why: str | None = f"its parent {' and '.join(first)} runs before it"
+        else:
+            why = _why(experiment, stage)
+        if why is not None:
+            would_run.add(stage)
+        command = experiment.command(stage)
+        result[stage] = {
+            "state": "up to date" if why is None else "would run",
+            "why": why,
+            "env": command.env,
+            "argv": list(command.argv),
+            "command": command.shell_line(),
+        }
+    return result
+
+
+def _why(experiment: Experiment, stage: StageName) -> str | None:
+    if experiment.settings.force:
+        return "--force"
+    return why_not_done(experiment.recipe, stage)
+
+
+def _start(command: Command, settings: Settings) -> None:
+    sys.stdout.flush()
+    code = processes.run(command, stdout_to_stderr=settings.json)
+    if code:
+        raise ChildError(code)
+
+
+def _python() -> Python:
+    return Python(sys.executable, ROOT, os.environ)
