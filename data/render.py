@@ -66,16 +66,23 @@ class Renderer:
         self.max_response_tokens = max_response_tokens
         self.end_ids = end_ids(tokenizer)
         self._special = special_tokens(tokenizer)
+        self._control_ids = set(self._special.values()) - {tokenizer.unk_token_id}
+        self._control_ids |= set(self.end_ids)
         longest_first = sorted(self._special, key=len, reverse=True)
         self._literal = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._held_back = {text: chr(_PRIVATE + i) for i, text in enumerate(longest_first)}
         self._literals = {char: text for text, char in self._held_back.items()}
         # Some published answers end with GPT-2's end of text, written out.
         endings = {*tokenizer.convert_ids_to_tokens(list(self.end_ids)), "<|endoftext|>"}
-        self._ending = re.compile(r"\s*(?:" + "|".join(map(re.escape, sorted(endings))) + r")\s*\Z")
+        ending = "|".join(map(re.escape, sorted(endings)))
+        self._ending = re.compile(rf"(?:\s*(?:{ending}))+\s*\Z")
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Return the ids after which the model answers, the last ``max_prompt_tokens`` of them."""
+        """Return the ids after which the model answers, the last ``max_prompt_tokens`` of them.
+
+        Raises:
+            Unusable: the template cannot write the conversation.
+        """
         ids, _ = self._ids(messages)
         return self._cut(ids)
 
@@ -86,11 +93,13 @@ class Renderer:
         beginning was cut off. The ids before the last answer are those of ``prompt``.
 
         Raises:
-            Unusable: ``response_too_long`` (the last answer), ``nothing_to_learn``, or the template
-                cannot write the conversation.
+            Unusable: ``nothing_to_learn``, ``empty_response`` or ``response_too_long`` (of the last
+                answer), or the template cannot write the conversation.
         """
         if not messages or messages[-1].role != "assistant":
             raise Unusable("nothing_to_learn")
+        if not self._ending.sub("", messages[-1].content).strip():
+            raise Unusable("empty_response")
         ids, turns = self._ids(messages)
         last, end = turns[-1]
         answer = ids[last:end]
@@ -199,7 +208,14 @@ class Renderer:
             if piece in self._special:
                 ids.append(self._special[piece])
             elif piece:
-                ids += self._tokenize(self._restore(piece), split_special=True)
+                ids += self._split_up(self._restore(piece))
+        return ids
+
+    def _split_up(self, text: str) -> list[int]:
+        ids = self._tokenize(text, split_special=True)
+        # Some vocabularies list their special tokens among the words, so that splitting fails.
+        if self._control_ids.intersection(ids):
+            raise Unusable("special_token_text")
         return ids
 
     def _tokenize(self, text: str, *, split_special: bool) -> list[int]:

@@ -164,14 +164,14 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
     for k in (1, 3):
         prompt = render_text(tokenizer, _PROBE[:k], generation_prompt=True)
-        if not full.startswith(prompt):
+        answer = _PROBE[k]["content"]
+        if not full.startswith(prompt) or answer not in full[len(prompt) :]:
             raise InputError(
                 "the chat template is not prefix-preserving: a prompt with its generation prompt,"
-                f" {prompt!r}, is not the beginning of its conversation {full!r};"
+                f" {prompt!r}, and then its answer do not begin the conversation {full!r};"
                 " give another one in tokenizer.chat_template"
             )
-        rest = full[len(prompt) :].partition(_PROBE[k]["content"])[2]
-        turn = rest.partition("marble")[0]
+        turn = full[len(prompt) :].partition(answer)[2].partition("marble")[0]
         if not ends.intersection(tokenizer(turn, add_special_tokens=False)["input_ids"]):
             raise InputError(
                 f"the chat template ends answer {k // 2 + 1} of 2 with {turn!r}, without an end"
