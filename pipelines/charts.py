@@ -5,7 +5,7 @@ Lengths are CSS pixels. Text stays text, so it can be read out, searched, and ta
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -111,7 +111,7 @@ def line_chart(lines: Sequence[Line], *, name: str, x: str = "step", share: bool
 
 
 def category_chart(
-    categories: Sequence[str], values: dict[str, Sequence[float | None]], *, name: str
+    categories: Sequence[str], values: Mapping[str, Sequence[float | None]], *, name: str
 ) -> str:
     """Draw one row per category with a dot per model, from base over SFT to PPO.
 
