@@ -326,15 +326,18 @@ def _golds(task: Task, responses: list[str]) -> list[float]:
 
 def _document(scene: Scene) -> str:
     """Return a page of plain text: a story, or a talk of low quality."""
-    return _story(scene) if scene.rng.random() < 0.4 else _talk(scene)
+    return _story(scene) if scene.rng.random() < 0.6 else _talk(scene)
 
 
 def _story(scene: Scene) -> str:
     """Tell facts, then tell them again in another order."""
     facts = list(scene.facts(scene.rng.choice((2, 3, 4))))
-    told = [fact.sentence() for fact in facts]
-    scene.rng.shuffle(facts)
-    return " ".join(["Once more:", *told, "Again:", *(fact.sentence() for fact in facts)])
+    told = ["Once more:", *(fact.sentence() for fact in facts)]
+    for _ in range(3):
+        if scene.rng.random() < 0.5:
+            scene.rng.shuffle(facts)
+        told += ["Again:", *(fact.sentence() for fact in facts)]
+    return " ".join(told)
 
 
 def _talk(scene: Scene) -> str:
