@@ -11,7 +11,6 @@ import argparse
 import importlib
 import json
 import os
-import random
 import shutil
 import signal
 import sys
@@ -22,8 +21,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -37,6 +35,7 @@ from align.recipe import Recipe, StageName
 from align.recipe_io import dump_recipe, load_recipe
 from align.tracking import WandbTracker, start_tracker
 from data.load import LoadedData, load_records
+from pipelines.process import Stopped, quiet_libraries, seed_generators, signals_as_exceptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,14 +48,6 @@ _MODULES: dict[StageName, str] = {
     "evaluate": "pipelines.evaluate",
 }
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
-
-
-class Stopped(BaseException):
-    """A signal asked the process to end; ``signum`` says which."""
-
-    def __init__(self, signum: int) -> None:
-        """Keep the signal's number."""
-        self.signum = signum
 
 
 @dataclass
@@ -175,26 +166,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one stage and return the exit code: 0 done, 1 failed, 2 bad input, 128 + n signal n."""
     options = _parser().parse_intermixed_args(arguments)
     console = Console(stderr=True)
-    _catch_signals()
     job: StageJob | None = None
     code = 1
-    try:
-        job = _prepare(options, console)
-        if job is not None:
-            _run(job)
-        code = 0
-    except Stopped as stopped:
-        name = signal.Signals(stopped.signum).name
-        _say(console, f"{options.stage}: stopped by {name}; the same command starts it again")
-        code = 128 + stopped.signum
-    except Exception as error:
-        if options.debug:
-            traceback.print_exc()
-        _say(console, f"{options.stage}: {_message(error)}")
-        code = error.exit_code if isinstance(error, AlignError) else 1
-    finally:
-        if job is not None:
-            job.close(code)
+    with signals_as_exceptions():
+        try:
+            job = _prepare(options, console)
+            if job is not None:
+                _run(job)
+            code = 0
+        except Stopped as stopped:
+            name = signal.Signals(stopped.signum).name
+            _say(console, f"{options.stage}: stopped by {name}; the same command starts it again")
+            code = 128 + stopped.signum
+        except Exception as error:
+            if options.debug:
+                traceback.print_exc()
+            _say(console, f"{options.stage}: {_message(error)}")
+            code = error.exit_code if isinstance(error, AlignError) else 1
+        finally:
+            if job is not None:
+                job.close(code)
     return code
 
 
@@ -226,8 +217,8 @@ def _run(job: StageJob) -> None:
     started = _now()
     # Before the parents can change under a long run.
     inputs_sha256 = stages.inputs_sha256(job.recipe, job.stage, job.parents)
-    _quiet_libraries()
-    _seed(job.recipe)
+    quiet_libraries()
+    seed_generators(job.recipe)
     module = importlib.import_module(_MODULES[job.stage])
     result: StageResult = module.run(job)
     _say(job.console, f"{job.stage}  done  {_final(result.metrics)}")
@@ -289,50 +280,6 @@ def _data_facts(job: StageJob, result: StageResult) -> tuple[DataFacts, ...]:
                 )
             )
     return tuple(facts)
-
-
-def _seed(recipe: Recipe) -> None:
-    """Fix the thread count and every global generator, before any parameter exists."""
-    import numpy
-    import torch
-
-    if recipe.run.threads is not None:
-        torch.set_num_threads(recipe.run.threads)
-    random.seed(recipe.seed)
-    numpy.random.seed(recipe.seed % 2**32)
-    torch.manual_seed(recipe.seed)
-
-
-def _quiet_libraries() -> None:
-    """Turn off the libraries' progress bars, advice and telemetry; errors still show."""
-    for name, value in (
-        ("HF_HUB_DISABLE_TELEMETRY", "1"),
-        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
-        ("TRANSFORMERS_VERBOSITY", "error"),
-        ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"),
-        ("DATASETS_VERBOSITY", "error"),
-        ("TOKENIZERS_PARALLELISM", "false"),
-    ):
-        os.environ.setdefault(name, value)
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    for category in (FutureWarning, DeprecationWarning):
-        warnings.simplefilter("ignore", category)
-
-
-def _catch_signals() -> None:
-    def stop(signum: int, frame: FrameType | None) -> NoReturn:
-        # A second signal ends the process at once.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        raise Stopped(signum)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
 
 
 def _parser() -> argparse.ArgumentParser:

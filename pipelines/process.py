@@ -1,0 +1,79 @@
+"""The process that a stage runs in: quiet libraries, seeded generators, a clean end on signals."""
+
+import contextlib
+import io
+import logging
+import os
+import random
+import signal
+import warnings
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
+
+from align.recipe import Recipe
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end; ``signum`` says which."""
+
+    def __init__(self, signum: int) -> None:
+        """Keep the signal's number."""
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def signals_as_exceptions() -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into ``Stopped``; a second one ends the process at once."""
+
+    def stop(signum: int, frame: FrameType | None) -> NoReturn:
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)
+        raise Stopped(signum)
+
+    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def quiet_libraries() -> None:
+    """Turn off the libraries' progress bars, advice and telemetry; their errors still show.
+
+    To be called before any of them is imported: they read the environment then.
+    """
+    for name, value in (
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"),
+        ("DATASETS_VERBOSITY", "error"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(name, value)
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed warns when it finds out itself
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
+    # transformers prints a remark about WANDB_MODE on import.
+    with contextlib.redirect_stdout(io.StringIO()):
+        import transformers.integrations.integration_utils
+    transformers.utils.logging.disable_progress_bar()
+
+
+def seed_generators(recipe: Recipe) -> None:
+    """Fix the thread count and every global generator; before any parameter exists."""
+    import numpy
+    import torch
+
+    if recipe.run.threads is not None:
+        torch.set_num_threads(recipe.run.threads)
+    random.seed(recipe.seed)
+    numpy.random.seed(recipe.seed % 2**32)
+    torch.manual_seed(recipe.seed)
