@@ -216,6 +216,12 @@ def new_reward_model(
     with torch.no_grad():
         classifier.score.weight.copy_(new_score_weight(classifier.score.in_features, seed))
     config = lora_config(adapter, "SEQ_CLS", classifier)
+    alpha = LoraConfig.from_pretrained(str(sft_folder)).lora_alpha
+    if alpha != config.lora_alpha:
+        raise ParentError(
+            f"{sft_folder}: was trained with adapter.alpha={alpha}, the recipe has"
+            f" {config.lora_alpha}; its tensors mean something else under another alpha"
+        )
     model = RewardModel(*_with_head(PeftModel(classifier, config)))
     _start_from(model.classifier, sft_folder)
     return model
