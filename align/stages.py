@@ -201,7 +201,7 @@ def _what_changed(
     changed = [name for name in STAGES if before.get(name) != now.get(name)]
     if changed:
         return f"its parent {' and '.join(changed)} has changed"
-    return "its data have changed"
+    return "its data or other input files have changed"
 
 
 def _digest(value: object) -> str:

@@ -96,7 +96,7 @@ def run(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Run every stage of the recipe that is not up to date, then write the report."""
+    """Run every stage that is not up to date; then the report."""
     settings = _settings(force, debug, as_json)
     experiment = experiments.open_recipe(recipe, overrides or (), settings)
     stages = experiments.planned(experiment)
@@ -137,8 +137,8 @@ def _stage_command(stage: StageName, text: str) -> None:
 
 _stage_command("pretrain", "Make a small base model from plain text.")
 _stage_command("sft", "Tune the base on demonstrations.")
-_stage_command("reward", "Train the reward model on ranked responses, starting from SFT.")
-_stage_command("ppo", "Optimise the SFT policy against the reward model with PPO.")
+_stage_command("reward", "Train the reward model on ranked responses.")
+_stage_command("ppo", "Optimise the policy against the reward with PPO.")
 
 
 @app.command(name="eval")
@@ -180,7 +180,7 @@ def report(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
 
 @app.command()
 def verify(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
-    """Check every file of a run against the hashes in its manifests; exit 1 if one differs."""
+    """Check a run against its hashes; exit 1 if one differs."""
     folder = Path(run)
     if not folder.is_dir():
         folder = experiments.open_recipe(run, (), _settings(False, debug, as_json)).directory
@@ -200,7 +200,7 @@ def verify(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
 
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """Show this machine, the libraries and GPUs, and what is wrong with them."""
+    """Show this machine, its libraries and GPUs."""
     from launch.doctor import examine  # nothing else needs what it imports
 
     facts = examine()

@@ -1,0 +1,50 @@
+"""The commands that Align starts: exact arguments and environment."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from launch.command import Python, report_command, stage_command
+
+HOUSE = Python("/env/bin/python", Path("/house"), {})
+
+
+def test_stage_command() -> None:
+    command = stage_command(HOUSE, "sft", Path("a b.yaml"), ["seed=7", "name=x y"], force=True)
+    assert command.argv == (
+        "/env/bin/python",
+        "-m",
+        "pipelines.stage",
+        "sft",
+        "a b.yaml",
+        "seed=7",
+        "name=x y",
+        "--force",
+    )
+    assert command.env == {"PYTHONSAFEPATH": "1", "PYTHONPATH": "/house"}
+    line = command.shell_line()
+    assert line.startswith("PYTHONSAFEPATH=1 PYTHONPATH=/house /env/bin/python -m pipelines.stage")
+    assert shlex.split(line)[2:] == list(command.argv)
+
+
+def test_report_command() -> None:
+    assert report_command(HOUSE, Path("runs/x")).argv[1:] == ("-m", "pipelines.report", "runs/x")
+
+
+def test_our_packages_come_before_an_inherited_path() -> None:
+    inherited = os.pathsep.join(["/mine", "", "/house"])
+    python = Python("python", Path("/house"), {"PYTHONPATH": inherited, "SECRET": "x"})
+    env = stage_command(python, "ppo", Path("r.yaml")).env
+    assert env == {"PYTHONSAFEPATH": "1", "PYTHONPATH": f"/house{os.pathsep}/mine"}
+
+
+def test_a_data_module_in_the_working_directory_does_not_win(tmp_path: Path) -> None:
+    (tmp_path / "data.py").write_text("raise SystemExit('the wrong data')")
+    root = Path(__file__).resolve().parents[2]
+    command = Python(sys.executable, root, {}).module("data.records", [])
+    done = subprocess.run(
+        command.argv, env=os.environ | command.env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,307 @@
+"""The launcher around the stages: what is started, skipped, reported and stopped.
+
+The stages themselves are stand-ins in a temporary folder: they write what a finished stage leaves.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+STAGE = """
+import os, sys, time
+from pathlib import Path
+import align
+from align import stages
+from align.manifest import BaseFacts, Manifest, ParentFacts, sha256_outputs, write_manifest
+from align.recipe_io import dump_recipe, load_recipe
+
+stage, file, *rest = sys.argv[1:]
+recipe = load_recipe(file, [word for word in rest if "=" in word])
+print("noise on standard output")
+if os.environ.get("FAIL") == stage:
+    print(f"{stage}: no more rows", file=sys.stderr)
+    sys.exit(2)
+if os.environ.get("HANG") == stage:
+    print("hanging", file=sys.stderr, flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print(f"{stage}: stopped by SIGINT", file=sys.stderr)
+        sys.exit(130)
+folder = stages.stage_directory(recipe, stage)
+(folder / "model").mkdir(parents=True, exist_ok=True)
+(folder / "model" / "w").write_text(stages.recipe_sha256(recipe, stage))
+(folder.parent / "recipe.yaml").write_text(dump_recipe(recipe))
+parents = stages.read_parents(recipe, stage)
+metrics = {"loss": float("nan")}
+if stage == "evaluate":
+    metrics = {"base/perplexity": 3.0, "ppo/gold/mean": 0.5, "ppo/kl/mean": 1.5}
+write_manifest(folder, Manifest(
+    stage=stage, name=recipe.name, seed=recipe.seed,
+    recipe_sha256=stages.recipe_sha256(recipe, stage),
+    inputs_sha256=stages.inputs_sha256(recipe, stage, parents),
+    code_version=align.__version__, versions={},
+    base=BaseFacts(id="b", revision=None, sha256="b"),
+    tokenizer_sha256="t", template_sha256="t", pad_id=0, eos_ids=(1,),
+    parents=tuple(ParentFacts(stage=name, path=f"../{name}", sha256=p.outputs_sha256())
+                  for name, p in parents.items()),
+    data=(), metrics=metrics, outputs=sha256_outputs(folder, ("model",)),
+    wandb_id=None, started="", finished=""))
+"""
+
+REPORT = """
+import sys
+from pathlib import Path
+print("noise on standard output")
+(Path(sys.argv[1]) / "report.html").write_text("<html>")
+"""
+
+RECIPE = """
+name: x
+base: {id: some/model}
+data:
+  sft: {train: [{world: demonstrations}]}
+  prompts: {train: [{world: prompts}]}
+sft: {lr: 1e-3, batch_size: 2}
+ppo: {lr: 1e-3, batch_size: 2, minibatch_size: 2, steps: 1, max_new_tokens: 2, reward: m:f}
+evaluate: {}
+"""
+
+# The real command, with the started modules taken from the folder "house".
+ALIGN = """
+import sys
+from pathlib import Path
+from launch import cli, experiment
+experiment.ROOT = Path("house").absolute()
+sys.argv[0] = "align"
+cli.main()
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    package = tmp_path / "house" / "pipelines"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "stage.py").write_text(STAGE)
+    (package / "report.py").write_text(REPORT)
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def start(place: Path, *words: str, **environ: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", ALIGN, *words],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def align(place: Path, *words: str, code: int = 0, **environ: str) -> tuple[str, str]:
+    process = start(place, *words, **environ)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == code, output + errors
+    return output, errors
+
+
+def test_run_then_run_again(place: Path) -> None:
+    output, _ = align(place, "run", "r.yaml")
+    lines = [line for line in output.splitlines() if "noise" not in line]
+    assert lines[0] == "sft: running (no finished result yet)"
+    assert [line.split(":")[0] for line in lines] == [
+        *("sft", "sft", "ppo", "ppo", "evaluate", "evaluate"),
+        "report",
+    ]
+    assert lines[-1] == "report: runs/x/report.html"
+
+    started = time.monotonic()
+    output, _ = align(place, "run", "r.yaml")
+    assert time.monotonic() - started < 5
+    assert output.splitlines() == [
+        "sft: up to date",
+        "ppo: up to date",
+        "evaluate: up to date",
+        "everything is up to date; --force redoes it",
+        "report: runs/x/report.html",
+    ]
+
+
+def test_a_change_runs_what_depends_on_it(place: Path) -> None:
+    align(place, "run", "r.yaml")
+    output, errors = align(place, "run", "r.yaml", "ppo.lr=2e-3", "--json")
+    result = json.loads(output)
+    assert {stage: facts["status"] for stage, facts in result["stages"].items()} == {
+        "sft": "skipped",
+        "ppo": "done",
+        "evaluate": "done",
+    }
+    assert result["stages"]["ppo"]["why"] == "its settings in the recipe have changed"
+    assert result["stages"]["evaluate"]["why"] == "its parent ppo has changed"
+    assert result["stages"]["ppo"]["metrics"] == {"loss": None}
+    assert "ppo: running" in errors
+    align(place, "run", "r.yaml", "--force")
+    output, _ = align(place, "run", "r.yaml", "--force", "--json")
+    assert {s["why"] for s in json.loads(output)["stages"].values()} == {"--force"}
+
+
+def test_a_missing_report_is_written_again(place: Path) -> None:
+    align(place, "run", "r.yaml")
+    report = place / "runs" / "x" / "report.html"
+    report.unlink()
+    align(place, "run", "r.yaml")
+    assert report.is_file()
+
+
+def test_a_failing_stage_ends_the_run_with_its_exit_code(place: Path) -> None:
+    output, errors = align(place, "run", "r.yaml", code=2, FAIL="ppo")
+    assert errors == "ppo: no more rows\n"
+    assert "evaluate" not in output
+    assert not (place / "runs" / "x" / "report.html").exists()
+    output, _ = align(place, "run", "r.yaml")
+    assert output.startswith("sft: up to date\nppo: running")
+
+
+def test_dry_run_starts_and_writes_nothing(place: Path) -> None:
+    output, _ = align(place, "run", "r.yaml", "seed=3", "--dry-run")
+    lines = output.splitlines()
+    assert lines[0] == "sft: would run (no finished result yet)"
+    assert lines[2] == "ppo: would run (its parent sft runs before it)"
+    house = place / "house"
+    assert lines[1].split() == [
+        "PYTHONSAFEPATH=1",
+        f"PYTHONPATH={house}:{ROOT}",
+        sys.executable,
+        *("-m", "pipelines.stage", "sft", "r.yaml", "seed=3"),
+    ]
+    assert not (place / "runs").exists()
+    plan = json.loads(align(place, "ppo", "r.yaml", "--dry-run", "--json")[0])
+    assert plan["stages"]["ppo"]["argv"][1:] == ["-m", "pipelines.stage", "ppo", "r.yaml"]
+
+
+def test_a_single_stage_needs_its_parents(place: Path) -> None:
+    _, errors = align(place, "ppo", "r.yaml", code=2)
+    assert errors.startswith("error: runs/x/sft: no finished sft stage here")
+    align(place, "sft", "r.yaml")
+    align(place, "ppo", "r.yaml")
+    _, errors = align(place, "reward", "r.yaml", code=2)
+    assert "makes no reward stage; its stages: sft, ppo, evaluate" in errors
+
+
+def test_eval_of_a_moved_and_renamed_run(place: Path) -> None:
+    align(place, "run", "r.yaml")
+    (place / "runs" / "x").rename(place / "moved")
+    (place / "runs").rmdir()
+    output, errors = align(place, "eval", "moved", "--json")
+    assert json.loads(output) == {
+        "base": {"perplexity": 3.0},
+        "ppo": {"gold/mean": 0.5, "kl/mean": 1.5},
+    }
+    assert errors == "evaluate: up to date\n"
+    assert not (place / "runs").exists()
+    output, _ = align(place, "eval", "moved", "evaluate.prompts=3")
+    assert "evaluate: running (its settings in the recipe have changed)" in output
+    assert output.splitlines()[-1].split() == ["kl/mean", "1.5"]
+
+
+def test_eval_without_an_evaluate_section_uses_the_defaults(place: Path) -> None:
+    (place / "r.yaml").write_text(RECIPE.replace("evaluate: {}\n", ""))
+    align(place, "run", "r.yaml")
+    assert "perplexity" in align(place, "eval", "runs/x")[0]
+
+
+def test_report_prints_where_it_lies(place: Path) -> None:
+    align(place, "run", "r.yaml")
+    assert align(place, "report", "runs/x")[0].splitlines()[-1] == "runs/x/report.html"
+    output, _ = align(place, "report", "r.yaml", "--json")
+    assert json.loads(output) == {"report": "runs/x/report.html"}
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_interrupt_reaches_the_stage_and_ends_with_130(place: Path, group: bool) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", ALIGN, "run", "r.yaml"],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HANG": "sft"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "hanging\n"
+    # A terminal signals the whole group; kill signals the launcher only.
+    if group:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
+    assert process.stderr.read() == "sft: stopped by SIGINT\n"
+    assert process.wait() == 130
+
+
+def test_terminate_reaches_the_stage(place: Path) -> None:
+    process = start(place, "run", "r.yaml", HANG="sft")
+    assert process.stderr is not None
+    assert process.stderr.readline() == "hanging\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert errors == "error: stopped by SIGTERM; the same command continues\n"
+    assert process.returncode == 143
+
+
+def test_a_killed_stage_is_reported(place: Path) -> None:
+    killer = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    (place / "house" / "pipelines" / "stage.py").write_text(killer)
+    _, errors = align(place, "run", "r.yaml", code=1)
+    assert errors == (
+        "error: the process was killed by SIGKILL; the machine may be out of memory\n"
+    )
+
+
+def test_verify_names_what_differs(place: Path) -> None:
+    align(place, "run", "r.yaml")
+    run = place / "runs" / "x"
+    output, _ = align(place, "verify", "runs/x")
+    assert output.splitlines() == [
+        "pretrain: not made",
+        "sft: ok (1 files)",
+        "reward: not made",
+        "ppo: ok (1 files)",
+        "evaluate: ok (1 files)",
+    ]
+    (run / "ppo" / "model" / "w").write_text("tampered")
+    (run / "sft" / "model" / "extra").touch()
+    (run / "evaluate" / "model" / "w").unlink()
+    output, _ = align(place, "verify", "runs/x", code=1)
+    assert "  sft/model/extra: is unexpected" in output
+    assert "  ppo/model/w: differs from its manifest" in output
+    assert "  evaluate/model/w: is missing" in output
+    result = json.loads(align(place, "verify", "r.yaml", "--json", code=1)[0])
+    assert result["ok"] is False
+    assert result["stages"]["ppo"]["state"] == "differs"
+
+
+def test_verify_notices_a_parent_that_was_redone(place: Path) -> None:
+    align(place, "run", "r.yaml")
+    align(place, "sft", "r.yaml", "sft.lr=2e-3")
+    output, _ = align(place, "verify", "runs/x", code=1)
+    assert "sft: ok" in output
+    assert "  ppo/parent sft: ../sft is not what this stage was made from" in output
+    (place / "runs" / "x" / "sft" / "stage.json").write_text("{")
+    output, _ = align(place, "verify", "runs/x", code=1)
+    assert "not a manifest" in output
+
+
+def test_verify_refuses_what_is_no_run(place: Path) -> None:
+    _, errors = align(place, "verify", ".", code=2)
+    assert errors.startswith("error: .: not a run directory")

@@ -1,0 +1,215 @@
+"""The stage graph, and when a finished stage has to be done again."""
+
+from pathlib import Path
+
+import pytest
+
+import align
+from align import stages
+from align.errors import DataError, ParentError
+from align.manifest import BaseFacts, Manifest, ParentFacts, sha256_outputs, write_manifest
+from align.recipe import Recipe, StageName
+
+RECIPE = {
+    "name": "x",
+    "base": {"id": "pretrain"},
+    "tokenizer": {"vocab_size": 300},
+    "data": {
+        "pretrain": {"train": [{"path": "text.txt"}]},
+        "sft": {"train": [{"world": "demonstrations"}]},
+        "reward": {"train": [{"world": "pairs"}]},
+        "prompts": {"train": [{"world": "prompts"}]},
+    },
+    "pretrain": {
+        "lr": 0.1,
+        "batch_size": 2,
+        "steps": 1,
+        "sequence_length": 8,
+        "model": {
+            "hidden_size": 8,
+            "num_layers": 1,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "intermediate_size": 8,
+            "max_positions": 8,
+        },
+    },
+    "sft": {"lr": 0.1, "batch_size": 2},
+    "reward": {"lr": 0.1, "batch_size": 2},
+    "ppo": {"lr": 0.1, "batch_size": 2, "minibatch_size": 2, "steps": 1, "max_new_tokens": 2},
+    "evaluate": {},
+}
+
+
+def recipe(root: Path, **changes: object) -> Recipe:
+    """Return the recipe with ``section__key=value`` changes."""
+    values = Recipe.model_validate(RECIPE).model_dump()
+    values["run"]["root"] = str(root / "runs")
+    values["data"]["root"] = str(root)
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        here = values
+        for section in sections:
+            here = here[section]
+        here[last] = value
+    return Recipe.model_validate(values)
+
+
+def finish(recipe: Recipe, stage: StageName, content: str = "weights") -> None:
+    """Leave behind what a finished stage leaves."""
+    directory = stages.stage_directory(recipe, stage)
+    (directory / "model").mkdir(parents=True, exist_ok=True)
+    (directory / "model" / "w").write_text(content)
+    parents = stages.read_parents(recipe, stage)
+    manifest = Manifest(
+        stage=stage,
+        name=recipe.name,
+        seed=recipe.seed,
+        recipe_sha256=stages.recipe_sha256(recipe, stage),
+        inputs_sha256=stages.inputs_sha256(recipe, stage, parents),
+        code_version=align.__version__,
+        versions={},
+        base=BaseFacts(id="b", revision=None, sha256="b"),
+        tokenizer_sha256="t",
+        template_sha256="t",
+        pad_id=0,
+        eos_ids=(1,),
+        parents=tuple(
+            ParentFacts(stage=name, path=f"../{name}", sha256=parent.outputs_sha256())
+            for name, parent in parents.items()
+        ),
+        data=(),
+        metrics={},
+        outputs=sha256_outputs(directory, ("model",)),
+        wandb_id=None,
+        started="",
+        finished="",
+    )
+    write_manifest(directory, manifest)
+
+
+@pytest.fixture
+def done(tmp_path: Path) -> Path:
+    """Return a folder whose run has all stages finished."""
+    (tmp_path / "text.txt").write_text("some text\n")
+    for stage in stages.STAGES:
+        finish(recipe(tmp_path), stage)
+    return tmp_path
+
+
+def stale(recipe: Recipe) -> list[str]:
+    return [stage for stage in stages.STAGES if stages.why_not_done(recipe, stage) is not None]
+
+
+def test_order_and_parents(tmp_path: Path) -> None:
+    whole = recipe(tmp_path)
+    assert stages.planned_stages(whole) == ("pretrain", "sft", "reward", "ppo", "evaluate")
+    parents = {stage: stages.parent_stages(whole, stage) for stage in stages.STAGES}
+    assert parents == {
+        "pretrain": (),
+        "sft": ("pretrain",),
+        "reward": ("pretrain", "sft"),
+        "ppo": ("pretrain", "sft", "reward"),
+        "evaluate": ("pretrain", "sft", "reward", "ppo"),
+    }
+    by_function = recipe(tmp_path, reward=None, ppo__reward="data.judge:gold")
+    assert stages.parent_stages(by_function, "ppo") == ("pretrain", "sft")
+    assert stages.parent_stages(by_function, "evaluate") == ("pretrain", "sft", "ppo")
+
+
+def test_a_stage_of_another_run_is_a_parent_but_not_made(tmp_path: Path) -> None:
+    elsewhere = recipe(tmp_path, sft=None, run__parents__sft=str(tmp_path / "other" / "sft"))
+    assert stages.planned_stages(elsewhere) == ("pretrain", "reward", "ppo", "evaluate")
+    assert stages.parent_stages(elsewhere, "reward") == ("pretrain", "sft")
+    assert stages.stage_directory(elsewhere, "sft") == tmp_path / "other" / "sft"
+
+
+def test_nothing_is_done_at_first_and_everything_when_finished(tmp_path: Path, done: Path) -> None:
+    assert stale(recipe(tmp_path, name="y")) == list(stages.STAGES)
+    assert stages.why_not_done(recipe(tmp_path, name="y"), "sft") == "no finished result yet"
+    assert stale(recipe(done)) == []
+
+
+def test_a_moved_tree_is_still_done(done: Path) -> None:
+    (done / "runs").rename(done / "elsewhere")
+    assert stale(recipe(done, run__root=str(done / "elsewhere"))) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"sft__lr": 0.2}, ["sft"]),
+        ({"reward__margin": True}, ["reward"]),
+        ({"ppo__kl__coef": 0.2}, ["ppo"]),
+        ({"evaluate__prompts": 3}, ["evaluate"]),
+        ({"adapter__r": 4}, ["sft", "reward", "ppo"]),
+        ({"seed": 3}, list(stages.STAGES)),
+        ({"evaluate__gold": "data.judge:gold"}, ["ppo", "evaluate"]),
+        ({"tracking__mode": "disabled"}, []),
+        ({"data__prompts__train": ({"world": "prompts", "rows": 3},)}, ["ppo", "evaluate"]),
+    ],
+)
+def test_a_change_makes_those_stages_stale_that_read_it(
+    done: Path, changes: dict[str, object], expected: list[str]
+) -> None:
+    changed = recipe(done, **changes)
+    assert stale(changed) == expected
+    for stage in expected:
+        why = stages.why_not_done(changed, stage)  # type: ignore[arg-type]
+        assert why == "its settings in the recipe have changed"
+
+
+def test_changed_data_make_their_stage_stale(done: Path) -> None:
+    (done / "text.txt").write_text("other text\n")
+    assert stale(recipe(done)) == ["pretrain"]
+    assert stages.why_not_done(recipe(done), "pretrain") == "its data or other input files have changed"
+
+
+def test_a_redone_parent_makes_its_children_stale(done: Path) -> None:
+    finish(recipe(done), "sft", "other weights")
+    assert stale(recipe(done)) == ["reward", "ppo", "evaluate"]
+    assert stages.why_not_done(recipe(done), "ppo") == "its parent sft has changed"
+    finish(recipe(done), "sft")
+    assert stale(recipe(done)) == []
+
+
+def test_another_version_of_the_code_makes_a_stage_stale(
+    done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(align, "__version__", "9.9.9")
+    assert stages.why_not_done(recipe(done), "sft") == "made by Align 0.1.0, this is 9.9.9"
+
+
+def test_a_changed_reward_function_file_makes_ppo_stale(done: Path) -> None:
+    function = done / "reward.py"
+    function.write_text("def f(prompts, responses): ...")
+    by_function = recipe(done, ppo__reward=f"{function}:f")
+    finish(by_function, "ppo")
+    assert stages.why_not_done(by_function, "ppo") is None
+    function.write_text("def f(prompts, responses): return []")
+    assert stages.why_not_done(by_function, "ppo") == "its data or other input files have changed"
+
+
+def test_a_missing_output_makes_its_stage_stale(done: Path) -> None:
+    (stages.stage_directory(recipe(done), "reward") / "model" / "w").unlink()
+    assert stages.why_not_done(recipe(done), "reward") == "its output model/w is missing"
+
+
+def test_data_files_that_cannot_be_read(tmp_path: Path) -> None:
+    finished = recipe(tmp_path)
+    assert finished.data.pretrain is not None
+    (source,) = finished.data.pretrain.train
+    with pytest.raises(DataError, match=r"text\.txt: no such file"):
+        stages.source_fingerprint(finished, source)
+    (tmp_path / "text.txt").touch()
+    with pytest.raises(DataError, match="is empty"):
+        stages.source_fingerprint(finished, source)
+    (tmp_path / "text.txt").unlink()
+    (tmp_path / "text.txt").mkdir()
+    with pytest.raises(DataError, match="is a directory"):
+        stages.source_fingerprint(finished, source)
+
+
+def test_reading_parents_names_the_one_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ParentError, match=r"runs/x/pretrain: no finished pretrain stage here"):
+        stages.read_parents(recipe(tmp_path), "sft")
