@@ -120,7 +120,7 @@ def category_chart(
         values: model -> one value per category, or None where it has none.
         name: what the chart shows, for people who do not see it.
     """
-    with _chart(520, 62 + 34 * len(categories)) as (figure, (axes,)):
+    with _chart(420, 62 + 32 * len(categories)) as (figure, (axes,)):
         rows = range(len(categories))
         for row in rows:
             present = [n for n in (v[row] for v in values.values()) if n is not None]
@@ -147,7 +147,7 @@ def category_chart(
 
 def interval_chart(bars: Sequence[Bar], *, chance: float, name: str) -> str:
     """Draw shares as dots with their intervals, and a line where guessing would stand."""
-    with _chart(460, 52 + 36 * len(bars)) as (figure, (axes,)):
+    with _chart(420, 52 + 34 * len(bars)) as (figure, (axes,)):
         axes.axvline(chance, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         for row, bar in enumerate(bars):
             if bar.low is not None and bar.high is not None:
@@ -171,7 +171,7 @@ def overoptimisation_chart(probes: Sequence[Probe], *, name: str) -> str:
     the lower one is left out where there is no gold score.
     """
     gold = [p for p in probes if p.gold is not None]
-    with _chart(520, 400 if gold else 230, rows=2 if gold else 1) as (figure, panels):
+    with _chart(420, 360 if gold else 210, rows=2 if gold else 1) as (figure, panels):
         _path(panels[0], probes, [p.proxy for p in probes], SFT)
         panels[0].set_ylabel("proxy: what PPO sees")
         if gold:
@@ -195,14 +195,13 @@ def overoptimisation_chart(probes: Sequence[Probe], *, name: str) -> str:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Return the mean over up to ``window`` values on both sides of each, shorter at the ends."""
+    """Return for each value the mean of those at most ``window // 2`` places away."""
     half = window // 2
     if half < 1:
         return list(values)
     result = []
     for i in range(len(values)):
-        reach = min(half, i, len(values) - 1 - i)
-        near = values[i - reach : i + reach + 1]
+        near = values[max(0, i - half) : i + half + 1]
         result.append(sum(near) / len(near))
     return result
 
@@ -218,7 +217,7 @@ def _path(axes: "Axes", probes: Sequence[Probe], values: Sequence[float], color:
         axes.annotate(
             where,
             (xs[i], values[i]),
-            xytext=(6, -4),
+            xytext=(6, -12) if i == 0 else (6, -4),
             textcoords="offset points",
             color=color,
             fontsize=10,
@@ -267,5 +266,5 @@ def _svg(figure: "Figure", name: str) -> str:
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)
     return (
         f'<svg role="img" aria-label={quoteattr(name)} viewBox="0 0 {width} {height}"'
-        f' style="max-width:{width}px">{drawing}'
+        f' style="max-width:{width * 5 // 4}px">{drawing}'
     )

@@ -13,6 +13,7 @@ class Curve:
     keys: tuple[tuple[str, str], ...]  # metric key -> its label, where there are several
     look_for: str
     share: bool = False
+    only_if_it_varies: bool = False
 
 
 _LOSS = Curve(
@@ -56,9 +57,14 @@ CURVES: dict[StageName, tuple[Curve, ...]] = {
         Curve(
             "KL to SFT, nats per response",
             (("kl/mean", ""),),
-            "It starts at 0; steady growth without a gain in gold means a higher KL coefficient.",
+            "It starts at 0; growth without a gain in gold calls for a higher KL coefficient.",
         ),
-        Curve("KL coefficient", (("kl/coef", ""),), "Constant unless the recipe sets a KL target."),
+        Curve(
+            "KL coefficient",
+            (("kl/coef", ""),),
+            "It follows the KL target; at an end of its range the target was not reached.",
+            only_if_it_varies=True,
+        ),
         Curve(
             "Entropy, nats per token",
             (("entropy", ""),),

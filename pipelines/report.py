@@ -102,15 +102,15 @@ def duration(seconds: float) -> str:
 
 def _stage_line(facts: StageFacts) -> dict[str, Any]:
     seconds = facts.seconds()
-    shown = ("perplexity", "eos_rate", "accuracy", "score/mean", "kl/mean")
-    final = [f"{key} {number(facts.final()[key])}" for key in shown if key in facts.final()]
     last = facts.rows[-1]["step"] if facts.rows else 0
     return {
         "title": TITLES[facts.stage],
         "id": facts.stage,
         "finished": facts.manifest is not None,
         "took": duration(seconds) if seconds is not None else "",
-        "result": ", ".join(final) if facts.manifest else f"not finished; last step {last:g}",
+        "result": results.stage_result(facts)
+        if facts.manifest
+        else f"not finished; last step {last:g}",
     }
 
 
@@ -171,12 +171,13 @@ def _draw(curve: Curve, facts: StageFacts) -> str | None:
     lines = []
     for (key, label), color in zip(curve.keys, _LINE_COLORS, strict=False):
         steps, values = facts.series(key)
-        if len(steps) > 1:
+        if len(steps) > 1 and (len(set(values)) > 1 or not curve.only_if_it_varies):
             lines.append(Line(label, steps, values, color))
     if not lines:
         return None
     name = f"{TITLES[facts.stage]}: {curve.title} by step"
-    return charts.line_chart(lines, name=name, share=curve.share)
+    x = "rollout" if facts.stage == "ppo" else "step"
+    return charts.line_chart(lines, name=name, x=x, share=curve.share)
 
 
 def _chain_line(facts: StageFacts, run: Run) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipelines.charts import BASE, MODEL_NAMES, PPO, Bar, Probe
-from pipelines.run_facts import Run
+from pipelines.run_facts import Run, StageFacts
 
 NBSP, ARROW = "\u00a0", "\u2192"
 
 
 def number(value: float) -> str:
-    """Write a number with about three significant digits."""
+    """Write a number so that two of a kind can be compared: 0.07, 0.81, 12.5, 140."""
     size = abs(value)
     if value == 0:
         return "0"
@@ -22,7 +22,7 @@ def number(value: float) -> str:
         return f"{value:.1e}"
     if size >= 1000:
         return f"{value:,.0f}"
-    digits = 3 if size < 0.1 else 2 if size < 10 else 1 if size < 100 else 0
+    digits = 3 if size < 0.01 else 2 if size < 10 else 1 if size < 100 else 0
     return f"{value:.{digits}f}"
 
 
@@ -221,8 +221,8 @@ def overoptimisation_finding(looks: Sequence[Probe]) -> str:
     if best.step == last.step:
         return "In this run gold was highest at the last look: no over-optimisation so far."
     return (
-        f"In this run gold was highest at step {best.step:g} ({number(max(values))}) and"
-        f" {number(values[-1])} at the last look, step {last.step:g}."
+        f"In this run gold was highest, {number(max(values))}, at step {best.step:g}; at the last"
+        f" look, step {last.step:g}, it was {number(values[-1])}."
     )
 
 
@@ -242,7 +242,7 @@ def _interval(
     low, high = metrics.get(f"{group}/low"), metrics.get(f"{group}/high")
     if low is None or high is None:
         return ""
-    text = f"{write(low)} to {write(high)}"
+    text = f"{write(low).removesuffix(f'{NBSP}%')} to {write(high)}"
     return text if short else f"90{NBSP}% interval {text}"
 
 
@@ -285,6 +285,25 @@ def _change_figures(metrics: dict[str, float], key: str, label: str, judge: str)
         nats = f"{number(metrics['ppo/kl/mean'])}{NBSP}nats"
         figures.append(Figure("KL(PPO, SFT)", nats, "per response"))
     return figures
+
+
+_STAGE_RESULTS = (
+    ("perplexity", "perplexity", number),
+    ("eos_rate", "answers that end", percent),
+    ("accuracy", "accuracy", percent),
+    ("score/mean", "score", number),
+    ("kl/mean", "KL to SFT", number),
+)
+
+
+def stage_result(facts: StageFacts) -> str:
+    """Return a finished stage's main numbers; for an evaluation, what it measured on."""
+    if facts.stage == "evaluate":
+        return f"{len(facts.samples)} held-out prompts"
+    final = facts.final()
+    return ", ".join(
+        f"{label} {write(final[k])}" for k, label, write in _STAGE_RESULTS if k in final
+    )
 
 
 _STAGE_FIGURES = (

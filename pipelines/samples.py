@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.results import number
 from pipelines.run_facts import Run
 
 FIRST, WORST = 8, 4  # examples of either kind
@@ -97,7 +96,7 @@ def _example(row: dict[str, Any]) -> Example:
 def _answer(response: dict[str, Any] | None) -> Answer | None:
     if response is None:
         return None
-    scores = [f"{key} {number(response[key])}" for key in ("gold", "score") if key in response]
+    scores = [f"{key} {response[key]:.2f}" for key in ("gold", "score") if key in response]
     if response.get("ended") is False:
         scores.append("cut at the length limit")
     return Answer(_short(response["text"]), ", ".join(scores))
