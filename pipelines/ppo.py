@@ -278,12 +278,14 @@ def _save(job: StageJob, loaded: LoadedRoles) -> tuple[str, ...]:
     save_adapter(roles.peft, value, "value", base=base)
     save_file(roles.value_head.state_dict(), value / "value_head.safetensors")
     _check_saved(roles, policy)
-    return ("policy", "value", "metrics.jsonl", "samples.jsonl")
+    return ("policy", "value", "samples.jsonl")
 
 
 def _check_saved(roles: Roles, folder: Path) -> None:
     saved = load_file(folder / ADAPTER_FILE)
-    live = get_peft_model_state_dict(roles.peft, adapter_name="policy")
+    live = get_peft_model_state_dict(
+        roles.peft, adapter_name="policy", save_embedding_layers=False
+    )
     if saved.keys() != live.keys() or any(
         not torch.equal(saved[key], live[key].cpu()) for key in saved
     ):
