@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import align
-from align.errors import AlignError
+from align.errors import InputError
 
 ROOT = Path(align.__file__).resolve().parent.parent
 _NAMES = ("data", "launch", "pipelines", "reward")
@@ -26,10 +26,10 @@ def check_packages() -> None:
     """Refuse to work with somebody else's ``data`` or ``reward``.
 
     Raises:
-        AlignError: names what was found and what was expected.
+        InputError: names what was found and what was expected.
     """
     for name, where in strangers().items():
-        raise AlignError(
+        raise InputError(
             f"`import {name}` finds {where}, not {ROOT / name}; install Align in an environment of"
             " its own, and take the other one off PYTHONPATH"
         )

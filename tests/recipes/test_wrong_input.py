@@ -1,0 +1,121 @@
+"""What a user does wrong: one message that says where, exit code 2, soon, and nothing written."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+GOOD = """\
+name: x
+base: {id: some/model}
+data:
+  sft: {train: [{world: demonstrations}]}
+sft:
+  lr: 1e-3
+  batch_size: 2
+"""
+
+
+def align(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launch", *words],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+
+
+def refused(cwd: Path, *words: str) -> str:
+    before = sorted(cwd.rglob("*"))
+    started = time.monotonic()
+    done = align(cwd, *words)
+    assert time.monotonic() - started < 5
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert sorted(cwd.rglob("*")) == before
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (GOOD.replace("lr:", "lrr:"), "error: r.yaml:6: sft.lrr=0.001: unknown key; did you mean"),
+        (GOOD.replace("2\n", "two\n"), "error: r.yaml:7: sft.batch_size=two: found 'two' (text); "),
+        (GOOD + "name: y\n", "error: r.yaml:8: name: given twice, first in line 1; keep one"),
+        (GOOD.replace("  lr", "\tlr"), "error: r.yaml:6: not YAML: a tab; YAML is indented with"),
+        (GOOD[: GOOD.index("]}")], "error: r.yaml:4: not YAML: "),
+        (GOOD.replace("data:", "data: !!python/object/apply:os.system [ls]\nx:"), "!!python/obj"),
+        ("", "error: r.yaml: the file is empty"),
+        ("- 1\n", "error: r.yaml:1: found a list; allowed: sections"),
+        (GOOD.replace("name: x", "name: '[bold]x[/bold]'"), "found '[bold]x[/bold]' (text)"),
+    ],
+)
+def test_a_wrong_recipe(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    assert expected in refused(tmp_path, "run", "r.yaml")
+
+
+def test_the_good_recipe_is_good(tmp_path: Path) -> None:
+    """Or the tests above would show nothing."""
+    (tmp_path / "r.yaml").write_text(GOOD)
+    assert align(tmp_path, "run", "r.yaml", "--dry-run").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["run", "none.yaml"], "error: none.yaml: no such file and no shipped recipe"),
+        (["run", "folder"], "error: folder: is a directory"),
+        (["run", "miniatur"], "did you mean miniature?"),
+        (["run", "r.yaml", "sft.lr=big"], "error: sft.lr=big: found 'big' (text); allowed: a num"),
+        (["run", "r.yaml", "sft.lr"], "error: sft.lr: not an override; allowed: section.key=value"),
+        (["run", "r.yaml", "sft=null"], "error: r.yaml: has no section of a stage"),
+        (["run", "r.yaml", "base.quantization=nf4"], "planned but not built yet"),
+        (["ppo", "r.yaml"], "error: r.yaml: makes no ppo stage; its stages: sft"),
+        (["eval", "folder"], "error: folder: not a run directory: recipe.yaml is missing"),
+        (["verify", "folder"], "error: folder: not a run directory"),
+        (["report", "folder"], "error: folder: not a run directory"),
+        (["recipes", "show", "none"], "error: none: no such file and no shipped recipe"),
+        (["recipes", "copy", "miniature", "r.yaml"], "error: r.yaml: exists already"),
+        (["plan", "r.yaml", "--memory", "24GiB"], "error: align plan is planned but not built"),
+        (["train"], "No such command 'train'"),
+        (["run", "r.yaml", "--fast"], "No such option: --fast"),
+    ],
+)
+def test_wrong_words(tmp_path: Path, words: list[str], expected: str) -> None:
+    (tmp_path / "r.yaml").write_text(GOOD)
+    (tmp_path / "folder").mkdir()
+    assert expected in refused(tmp_path, *words)
+
+
+def test_several_problems_are_reported_together(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(GOOD.replace("1e-3", "-1").replace("name: x", "nam: x"))
+    errors = refused(tmp_path, "run", "r.yaml", "sft.epochs=no").splitlines()
+    assert [line.split(": ")[1] for line in errors] == [
+        "r.yaml:1",
+        "r.yaml:6",
+        "sft.epochs=no",
+        "r.yaml:1",
+    ]
+    assert all(line.startswith("error: ") for line in errors)
+
+
+def test_debug_shows_where(tmp_path: Path) -> None:
+    done = align(tmp_path, "run", "none.yaml", "--debug")
+    assert "Traceback" in done.stderr
+    assert done.returncode == 2
+
+
+def test_somebody_elses_data_package_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data.py").touch()
+    errors = refused(tmp_path, "--help")
+    assert errors.startswith(f"error: `import data` finds {tmp_path / 'data.py'}, not ")
