@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import TypeVar
 
@@ -74,6 +75,9 @@ class Renderer:
         self._literals = {char: text for text, char in self._held_back.items()}
         # Some published answers end with GPT-2's end of text, written out.
         endings = {*tokenizer.convert_ids_to_tokens(list(self.end_ids)), "<|endoftext|>"}
+        # Responses to one prompt come one after another: its turns are written and encoded once.
+        self._write = lru_cache(maxsize=256)(self._write_turns)
+        self._encode = lru_cache(maxsize=256)(self._encode_text)
         ending = "|".join(map(re.escape, sorted(endings)))
         self._ending = re.compile(rf"(?:\s*(?:{ending}))+\s*\Z")
 
@@ -83,7 +87,8 @@ class Renderer:
         Raises:
             Unusable: the template cannot write the conversation.
         """
-        ids, _ = self._ids(messages)
+        assert messages[-1].role != "assistant", "a prompt ends before the answer"
+        ids, _ = self._ids(tuple(messages))
         return self._cut(ids)
 
     def demonstration(self, messages: Sequence[Message]) -> Tokens:
@@ -100,7 +105,7 @@ class Renderer:
             raise Unusable("nothing_to_learn")
         if not self._ending.sub("", messages[-1].content).strip():
             raise Unusable("empty_response")
-        ids, turns = self._ids(messages)
+        ids, turns = self._ids(tuple(messages))
         last, end = turns[-1]
         answer = ids[last:end]
         self._check_length(answer)
@@ -117,7 +122,7 @@ class Renderer:
         Raises:
             Unusable: ``response_too_long``, or the template cannot write the conversation.
         """
-        ids, turns = self._ids([*messages, Message("assistant", response)])
+        ids, turns = self._ids((*messages, Message("assistant", response)))
         start, stop = turns[-1]
         self._check_length(ids[start:stop])
         return ids[start:stop]
@@ -143,7 +148,7 @@ class Renderer:
         assert isinstance(text, str)
         return text.strip()
 
-    def _ids(self, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
+    def _ids(self, messages: tuple[Message, ...]) -> tuple[list[int], list[tuple[int, int]]]:
         """Return all ids, and start and stop of every assistant turn's answer in them."""
         turns = [k for k, message in enumerate(messages) if message.role == "assistant"]
         prompts = [self._write(messages[:k], generation_prompt=True) for k in turns]
@@ -181,7 +186,7 @@ class Renderer:
             raise Unusable("prompt_not_a_token_prefix")
         return joined
 
-    def _write(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+    def _write_turns(self, messages: tuple[Message, ...], generation_prompt: bool = False) -> str:
         rows = [{"role": m.role, "content": self._hold_back(m)} for m in messages]
         try:
             return render_text(self.tokenizer, rows, generation_prompt)
@@ -199,7 +204,7 @@ class Renderer:
     def _restore(self, text: str) -> str:
         return _HELD_BACK.sub(lambda match: self._literals[match[0]], text)
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode_text(self, text: str) -> list[int]:
         if not _HELD_BACK.search(text):
             return self._tokenize(text, split_special=False)
         # Only the template's own special tokens are in ``text``; those of the data are split up.
@@ -226,7 +231,7 @@ class Renderer:
 
     def _cut(self, ids: list[int]) -> list[int]:
         if len(ids) <= self.max_prompt_tokens:
-            return ids
+            return ids[:]  # a copy: the original stays cached
         kept = self._leading(ids)
         return ids[:kept] + ids[len(ids) - self.max_prompt_tokens + kept :]
 

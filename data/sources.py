@@ -175,7 +175,7 @@ def _parquet(path: Path, content: bytes) -> Iterator[Row]:
     try:
         table = parquet.read_table(io.BytesIO(content))
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rpartition("'<Buffer>': ")[2]
         raise DataError(
             f"{path}: the parquet file is truncated or damaged ({reason}); copy or download it"
             " again"
