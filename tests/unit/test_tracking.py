@@ -1,0 +1,122 @@
+"""Weights & Biases: offline for real, read back; and every way in which it may fail."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from align.recipe import Recipe
+from align.tracking import WandbTracker, start_tracker, without_secrets
+from tests import offline_wandb
+
+
+@pytest.fixture(autouse=True)
+def _no_account(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+
+
+def recipe(mode="auto"):
+    return Recipe.model_validate(
+        {
+            "name": "test",
+            "base": {"id": "org/model"},
+            "tokenizer": {"pad_token": "<|pad|>"},
+            "data": {},
+            "tracking": {"mode": mode},
+        }
+    )
+
+
+def test_offline_run_holds_what_was_logged(tmp_path):
+    tracker = start_tracker(recipe(), "sft", tmp_path)
+    tracker.log(1, {"loss": 2.5, "score/mean": -1.0})
+    tracker.log(20, {"loss": 2.0})
+    tracker.finish(0)
+    assert tracker.id
+    assert offline_wandb.history(tmp_path / "wandb") == [
+        {"step": 1, "loss": 2.5, "score/mean": -1.0},
+        {"step": 20, "loss": 2.0},
+    ]
+    config = offline_wandb.config(tmp_path / "wandb")
+    assert 'name="test"' in config
+    assert "<|pad|>" not in config  # its name has a secret's word in it
+
+
+def test_secrets_stay_out():
+    assert without_secrets(
+        {
+            "api_key": "a",
+            "hub-token": "b",
+            "list": [{"password": "c", "fine": 1}],
+            "client.secret": "d",
+            "max_new_tokens": 8,
+            "tokenizer": {"id": "x"},
+        }
+    ) == {"list": [{"fine": 1}], "max_new_tokens": 8, "tokenizer": {"id": "x"}}
+
+
+def test_disabled_writes_nothing(tmp_path):
+    tracker = start_tracker(recipe("disabled"), "sft", tmp_path)
+    tracker.log(1, {"loss": 1.0})
+    tracker.finish(0)
+    assert tracker.id is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failing_tracker_is_dropped_and_does_not_raise(capsys):
+    class Broken:
+        id = "x"
+        calls = 0
+
+        def log(self, values, step):
+            self.calls += 1
+            raise ConnectionError("gone")
+
+    run = Broken()
+    tracker = WandbTracker(run)
+    tracker.log(1, {"loss": 1.0})
+    tracker.log(2, {"loss": 1.0})
+    tracker.finish(0)
+    assert run.calls == 1
+    assert capsys.readouterr().err == "tracking stopped: ConnectionError: gone\n"
+
+
+def test_start_that_fails_does_not_raise(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    def fail(**settings):
+        raise RuntimeError("no service")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    tracker = start_tracker(recipe(), "sft", tmp_path)
+    tracker.log(1, {"loss": 1.0})
+    assert tracker.id is None
+    assert "RuntimeError: no service" in capsys.readouterr().err
+
+
+def test_online_without_key_never_asks(tmp_path):
+    """In a fresh process without WANDB_MODE and with nothing to read an answer from."""
+    script = (
+        "from pathlib import Path\n"
+        "from align.recipe import Recipe\n"
+        "from align.tracking import start_tracker\n"
+        "recipe = Recipe.model_validate({'name': 'test', 'base': {'id': 'org/model'},"
+        " 'data': {}, 'tracking': {'mode': 'online'}})\n"
+        f"tracker = start_tracker(recipe, 'sft', Path({str(tmp_path)!r}))\n"
+        "tracker.log(1, {'loss': 1.0})\n"
+        "tracker.finish(0)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment | {"HOME": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "going on offline" in done.stderr
+    assert offline_wandb.history(tmp_path / "wandb") == [{"step": 1, "loss": 1.0}]
