@@ -9,6 +9,7 @@ only escaped.
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,11 @@ def _category_section(
     names, counts, values = results.gold_by_category(metrics, given)
     if not names:
         return None
-    labels = [f"{name} ({count})" for name, count in zip(names, counts, strict=True)]
+    # A longer name would leave the chart no room.
+    labels = [
+        f"{textwrap.shorten(name, 28, placeholder='...')} ({count})"
+        for name, count in zip(names, counts, strict=True)
+    ]
     rows = [
         (label, [number(v) if v is not None else "" for v in column])
         for label, column in zip(labels, zip(*values.values(), strict=True), strict=True)
