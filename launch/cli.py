@@ -52,6 +52,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be sta
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
 
+_MODELS = ("base", "sft", "reward", "ppo")
 _PLANNED = ("plan", "data", "compare", "label", "chat", "export")
 
 
@@ -302,11 +303,11 @@ def _summary(experiment: Experiment) -> dict[str, Any]:
 
 def _by_model(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
     """Group ``{"ppo/kl/mean": 1.0}`` into ``{"ppo": {"kl/mean": 1.0}}``."""
-    result: dict[str, dict[str, float]] = {}
+    result: dict[str, dict[str, float]] = {model: {} for model in _MODELS}
     for key, value in metrics.items():
         model, _, name = key.partition("/")
         result.setdefault(model, {})[name] = value
-    return result
+    return {model: values for model, values in result.items() if values}
 
 
 def _print_table(metrics: dict[str, dict[str, float]]) -> None:

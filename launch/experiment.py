@@ -2,12 +2,13 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from align.errors import AlignError, InputError
 from align.manifest import read_manifest
@@ -159,7 +160,7 @@ def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
         else:
             settings.say(f"{stage}: running ({why})")
             started = time.monotonic()
-            _start(experiment.command(stage), settings)
+            _start(experiment.command(stage), sys.stderr if settings.json else None)
             seconds = time.monotonic() - started
             settings.say(f"{stage}: done in {seconds:.1f} s")
         manifest = read_manifest(stage_directory(experiment.recipe, stage), stage)
@@ -177,7 +178,8 @@ def write_report(experiment: Experiment) -> Path:
     Raises:
         ChildError: it could not be written.
     """
-    _start(report_command(_python(), experiment.directory), experiment.settings)
+    # It prints the path, which is for the caller to say.
+    _start(report_command(_python(), experiment.directory), subprocess.DEVNULL)
     return experiment.directory / REPORT
 
 
@@ -210,9 +212,9 @@ def _why(experiment: Experiment, stage: StageName) -> str | None:
     return why_not_done(experiment.recipe, stage)
 
 
-def _start(command: Command, settings: Settings) -> None:
+def _start(command: Command, stdout: int | TextIO | None) -> None:
     sys.stdout.flush()
-    code = processes.run(command, stdout_to_stderr=settings.json)
+    code = processes.run(command, stdout)
     if code:
         raise ChildError(code)
 

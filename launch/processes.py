@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from launch.command import Command
 
@@ -35,13 +35,15 @@ def catch_signals() -> None:
         signal.signal(number, stop)
 
 
-def run(command: Command, *, stdout_to_stderr: bool = False) -> int:
+def run(command: Command, stdout: int | TextIO | None = None) -> int:
     """Run to the end and return the exit code; 1 if a signal killed the process.
+
+    Args:
+        stdout: where its standard output goes; None: where ours goes.
 
     Raises:
         Stopped: we were asked to end; the process has ended by then.
     """
-    stdout = sys.stderr if stdout_to_stderr else None
     with subprocess.Popen(command.argv, env=os.environ | command.env, stdout=stdout) as process:
         try:
             code = process.wait()

@@ -1,6 +1,7 @@
 """Who may import whom, and what must start without torch."""
 
 import ast
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +117,11 @@ def test_these_modules_start_without_torch() -> None:
 
 def test_the_command_starts_without_any_heavy_library() -> None:
     assert modules_after("import launch.cli") & HEAVY == set()
+
+
+def test_help_takes_less_than_half_a_second() -> None:
+    """Measured as processor time, which a busy machine does not stretch."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "launch", "--help"], cwd=ROOT, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
