@@ -15,11 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, TrainingArguments
 
+from align.errors import TrainingError
 from align.recipe import Adapter, TokenizerSection
+from align.recipe_io import load_recipe
 from data.records import Message, Ranking
 from data.render import Renderer, Unusable
 from data.tokenizer import prepare_tokenizer
-from pipelines.reward_model import RankedTokens, RankingTrainer, collate, ranked_tokens
+from pipelines.reward_model import (
+    RankedTokens,
+    RankingTrainer,
+    check_reload,
+    collate,
+    ranked_tokens,
+)
 from reward.model import ADAPTER_FILE, HEAD_KEY, RewardModel, new_reward_model
 from tests import tiny
 from tests.adapters import sft_adapter
@@ -155,6 +163,16 @@ def test_demonstrations_score_zero_on_average_in_a_fresh_process(root: Path) -> 
     scores = probe_scores(root, root / "runs/test/reward/model", demonstrations(root))
     assert sum(scores) / len(scores) == pytest.approx(0.0, abs=1e-5)
     assert max(scores) - min(scores) > 1e-3
+
+
+def test_a_saved_model_that_scores_differently_fails_the_stage(root: Path) -> None:
+    folder, rows = root / "runs/test/reward/model", demonstrations(root)[:4]
+    recipe = load_recipe(root / "recipe.yaml")
+    scores = torch.tensor(probe_scores(root, folder, rows))
+    check_reload(recipe, recipe.base.id, folder, rows, scores, pad_id=0)
+    for wrong in (scores + 2e-5, scores * torch.nan):
+        with pytest.raises(TrainingError, match="scores differently"):
+            check_reload(recipe, recipe.base.id, folder, rows, wrong, pad_id=0)
 
 
 def test_doing_it_again_gives_the_same_model(root: Path) -> None:
