@@ -178,15 +178,16 @@ def overoptimisation_chart(probes: Sequence[Probe], *, name: str) -> str:
             values = [p.gold for p in gold if p.gold is not None]
             _path(panels[1], gold, values, PPO)
             panels[1].set_ylabel("gold: never seen")
-            best = gold[values.index(max(values))]
+            best = max(gold, key=lambda p: (p.gold, p.step))
+            left = best.distance > (probes[0].distance + probes[-1].distance) / 2
             for panel in panels:
                 panel.axvline(best.distance, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
             panels[1].annotate(
                 f"best gold, step {best.step:g}",
                 (best.distance, min(values)),
-                xytext=(-5, 0),
+                xytext=(-5 if left else 5, 0),
                 textcoords="offset points",
-                ha="right",
+                ha="right" if left else "left",
                 color=MUTED,
                 fontsize=10,
             )

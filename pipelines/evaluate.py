@@ -19,7 +19,7 @@ from align.recipe import Evaluate
 from align.roles import Role, Roles
 from align.seeds import derive_seed
 from align.sequences import join
-from data.records import Prompt, Ranking, as_prompt
+from data.records import Demonstration, Prompt, Ranking, as_prompt
 from data.render import Renderer, Tokens, render_all
 from pipelines.answers import (
     Answers,
@@ -160,9 +160,11 @@ def _categories(section: Evaluate, prompts: Sequence[Prompt]) -> list[str] | Non
 def _demonstrations(
     job: StageJob, renderer: Renderer, section: Evaluate
 ) -> tuple[list[Tokens], Counter[str]]:
+    """Return held-out demonstrations; nothing is sampled for them, so as many as pairs."""
     data = job.data.get("sft")
-    rows = data.heldout[: section.prompts] if data is not None else ()
-    return render_all(rows, lambda row: renderer.demonstration(row.messages))
+    rows = data.heldout[: section.pairs] if data is not None else ()
+    demonstrations = [row for row in rows if isinstance(row, Demonstration)]
+    return render_all(demonstrations, lambda row: renderer.demonstration(row.messages))
 
 
 def _rankings(
@@ -178,6 +180,7 @@ def _rankings(
     rows: list[Ranking] = []
     pairs = 0
     for row in data.heldout:
+        assert isinstance(row, Ranking)
         if pairs >= section.pairs:
             break
         rows.append(row)

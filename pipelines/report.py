@@ -23,7 +23,7 @@ from align.recipe import StageName
 from pipelines import charts, results
 from pipelines.charts import COLORS, MODEL_NAMES, Line
 from pipelines.curves import CURVES, Curve
-from pipelines.results import number
+from pipelines.results import decimal
 from pipelines.run_facts import Run, StageFacts, read_run
 from pipelines.samples import examples
 
@@ -128,7 +128,7 @@ def _category_section(
         for name, count in zip(names, counts, strict=True)
     ]
     rows = [
-        (label, [number(v) if v is not None else "" for v in column])
+        (label, [decimal(v) if v is not None else "" for v in column])
         for label, column in zip(labels, zip(*values.values(), strict=True), strict=True)
     ]
     chart = charts.category_chart(labels, values, name="Mean gold score by category and model")

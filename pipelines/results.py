@@ -26,6 +26,11 @@ def number(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
+def decimal(value: float) -> str:
+    """Write a score: two decimals, so that a column of them lines up."""
+    return f"{value:.2f}"
+
+
 def percent(value: float) -> str:
     """Write a share of 1 as per cent."""
     return f"{value * 100:.1f}{NBSP}%"
@@ -66,8 +71,8 @@ class RewardCard:
 
 
 _ROWS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
-    ("gold/mean", "Gold score", "mean of a judge that training never sees", number),
-    ("score/mean", "Reward score", "what PPO maximises", number),
+    ("gold/mean", "Gold score", "mean of a judge that training never sees", decimal),
+    ("score/mean", "Reward score", "what PPO maximises", decimal),
     ("kl/mean", "KL to SFT", "nats per response, on the model's own answers", number),
     ("perplexity", "Perplexity", "of held-out demonstrations", number),
     ("length/mean", "Answer length", "tokens, stop token included", number),
@@ -217,12 +222,12 @@ def overoptimisation_finding(looks: Sequence[Probe]) -> str:
     if not gold:
         return "No gold judge was given, so this run cannot show where its reward stops being true."
     values = [look.gold for look in gold if look.gold is not None]
-    best, last = gold[values.index(max(values))], gold[-1]
+    best, last = max(gold, key=lambda look: (look.gold, look.step)), gold[-1]
     if best.step == last.step:
         return "In this run gold was highest at the last look: no over-optimisation so far."
     return (
-        f"In this run gold was highest, {number(max(values))}, at step {best.step:g}; at the last"
-        f" look, step {last.step:g}, it was {number(values[-1])}."
+        f"In this run gold was highest, {decimal(max(values))}, at step {best.step:g}; at the last"
+        f" look, step {last.step:g}, it was {decimal(values[-1])}."
     )
 
 
@@ -252,7 +257,7 @@ def _change(
     before, after = metrics[f"sft/{key}"], metrics[f"ppo/{key}"]
     where = f"On {num_prompts} held-out prompts" if num_prompts else "On held-out prompts"
     sentences = [
-        f"{where} the mean {label} went from {number(before)} (SFT) to {number(after)} (PPO)."
+        f"{where} the mean {label} went from {decimal(before)} (SFT) to {decimal(after)} (PPO)."
     ]
     if "ppo/win_rate/mean" in metrics:
         low, high = metrics["ppo/win_rate/low"], metrics["ppo/win_rate/high"]
@@ -273,9 +278,9 @@ def _change(
 
 
 def _change_figures(metrics: dict[str, float], key: str, label: str, judge: str) -> list[Figure]:
-    value = f"{number(metrics[f'sft/{key}'])} {ARROW} {number(metrics[f'ppo/{key}'])}"
+    value = f"{decimal(metrics[f'sft/{key}'])} {ARROW} {decimal(metrics[f'ppo/{key}'])}"
     group = key.removesuffix("/mean")
-    interval = _interval(metrics, f"ppo/{group}", number)
+    interval = _interval(metrics, f"ppo/{group}", decimal)
     figures = [Figure(f"{label}, SFT {ARROW} PPO", value, interval and f"PPO: {interval}")]
     if "ppo/win_rate/mean" in metrics:
         interval = _interval(metrics, "ppo/win_rate", percent)

@@ -83,7 +83,9 @@ def _read_stage(stage: StageName, folder: Path) -> StageFacts:
     by_step: dict[float, dict[str, float]] = {}
     for row in _read_rows(folder / "metrics.jsonl"):
         if isinstance(row.get("step"), int | float):
-            by_step.setdefault(row["step"], {}).update(_numbers(row))
+            # A stage's last row holds held-out numbers of the step that it logged before.
+            logged = by_step.get(row["step"], {})
+            by_step[row["step"]] = _numbers(row) | logged
     rows = [by_step[step] for step in sorted(by_step)]
     return StageFacts(stage, folder, manifest, rows, _read_rows(folder / "samples.jsonl"))
 

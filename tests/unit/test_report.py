@@ -1,5 +1,6 @@
 """What the report reads from a run directory, and the words and drawings it makes of it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +152,17 @@ def test_probes_take_the_root_of_kl_and_find_the_best_gold(tmp_path: Path) -> No
         "In this run gold was highest, 0.70, at step 10; at the last look, step 20, it was 0.50."
     )
     assert "no over-optimisation so far" in results.overoptimisation_finding(looks[:2])
+    equal = [replace(look, gold=0.0) for look in looks]
+    assert "no over-optimisation so far" in results.overoptimisation_finding(equal)
 
 
-def test_series_are_ordered_and_a_resumed_step_counts_once(tmp_path: Path) -> None:
-    rows = [{"step": 1.0, "loss": 3.0}, {"step": 2.0, "loss": 9.0}, {"step": 2.0, "loss": 2.0}]
+def test_series_are_ordered_and_keep_the_training_number(tmp_path: Path) -> None:
+    # The stage's last row repeats a step with held-out numbers.
+    last = {"step": 2.0, "loss": 9.0, "perplexity": 5.0}
+    rows = [{"step": 2.0, "loss": 2.0}, {"step": 1.0, "loss": 3.0}, last]
     write_stage(tmp_path / "sft", "sft", rows, {})
     assert read_run(tmp_path)["sft"].series("loss") == ([1.0, 2.0], [3.0, 2.0])
+    assert read_run(tmp_path)["sft"].series("perplexity") == ([2.0], [5.0])
     assert read_run(tmp_path)["sft"].seconds() == 270.0
 
 
