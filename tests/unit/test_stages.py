@@ -40,6 +40,8 @@ RECIPE = {
     "evaluate": {},
 }
 
+FILES_CHANGED = "its data or other input files have changed"
+
 
 def recipe(root: Path, **changes: object) -> Recipe:
     """Return the recipe with ``section__key=value`` changes."""
@@ -162,7 +164,7 @@ def test_a_change_makes_those_stages_stale_that_read_it(
 def test_changed_data_make_their_stage_stale(done: Path) -> None:
     (done / "text.txt").write_text("other text\n")
     assert stale(recipe(done)) == ["pretrain"]
-    assert stages.why_not_done(recipe(done), "pretrain") == "its data or other input files have changed"
+    assert stages.why_not_done(recipe(done), "pretrain") == FILES_CHANGED
 
 
 def test_a_redone_parent_makes_its_children_stale(done: Path) -> None:
@@ -187,7 +189,7 @@ def test_a_changed_reward_function_file_makes_ppo_stale(done: Path) -> None:
     finish(by_function, "ppo")
     assert stages.why_not_done(by_function, "ppo") is None
     function.write_text("def f(prompts, responses): return []")
-    assert stages.why_not_done(by_function, "ppo") == "its data or other input files have changed"
+    assert stages.why_not_done(by_function, "ppo") == FILES_CHANGED
 
 
 def test_a_missing_output_makes_its_stage_stale(done: Path) -> None:
