@@ -15,6 +15,7 @@ _SECRET_WORDS = {"key", "apikey", "token", "secret", "password"}
 Mode = Literal["online", "offline", "disabled"]
 
 _INIT_TIMEOUT = 20.0  # seconds until a run without a network goes on offline
+_FINISH_TIMEOUT = 60.0  # seconds for the last upload; what is missing then is still on disk
 
 
 class WandbTracker:
@@ -76,7 +77,11 @@ def start_tracker(recipe: Recipe, stage: StageName, directory: Path) -> WandbTra
                 mode=attempt,
                 reinit="create_new",
                 settings=wandb.Settings(
-                    silent=True, console="off", init_timeout=_INIT_TIMEOUT, save_code=False
+                    silent=True,
+                    console="off",
+                    save_code=False,
+                    init_timeout=_INIT_TIMEOUT,
+                    finish_timeout=_FINISH_TIMEOUT,
                 ),
             )
             return WandbTracker(run)
