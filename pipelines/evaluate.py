@@ -14,7 +14,6 @@ from torch import Tensor
 
 from align.errors import DataError, ParentError, RecipeError
 from align.functions import call_score_function, load_function
-from align.models import base_facts, base_location
 from align.recipe import Evaluate
 from align.roles import Role, Roles
 from align.seeds import derive_seed
@@ -48,9 +47,7 @@ def run(job: StageJob) -> StageResult:
     assert section is not None
     prompts = _heldout_prompts(job, section)
     gold = _gold_judge(section)
-    base = base_facts(base_location(recipe), recipe.base.revision)
     loaded = load_roles(job, _adapters(job))
-    job.check_origin(loaded.tokenizer, base)
     prompts, lost_prompts = _usable(prompts, loaded.renderer)
     categories = _categories(section, prompts)
     scorer = _scorer(job, loaded.roles)
@@ -83,7 +80,7 @@ def run(job: StageJob) -> StageResult:
     job.log.log(0, metrics)
     job.sample(_sample_rows(prompts, answers, categories))
     dropped = {"prompts": lost_prompts, "sft": lost_demonstrations, "reward": lost_rankings}
-    return StageResult(metrics, ("samples.jsonl", "metrics.jsonl"), loaded.tokenizer, base, dropped)
+    return StageResult(metrics, ("samples.jsonl", "metrics.jsonl"), loaded.tokenizer, loaded.facts, dropped)
 
 
 def _heldout_prompts(job: StageJob, section: Evaluate) -> list[Prompt]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from align.models import base_location, load_causal_lm
+from align.manifest import BaseFacts
+from align.models import base_facts, base_location, load_causal_lm
 from align.roles import Role, Roles
 from data.render import Renderer
 from data.tokenizer import end_ids
@@ -19,6 +20,7 @@ class LoadedRoles:
     """The roles and what their inputs are made with."""
 
     roles: Roles
+    facts: BaseFacts
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
     end_ids: tuple[int, ...]
@@ -34,10 +36,15 @@ def load_roles(
         adapters: the adapter folder each role starts from. If ``reward`` is among them, ``value``
             gets a copy of its score head; without a reward model the critic starts at 0.
         trainable: the roles that will be trained.
+
+    Raises:
+        ParentError: a parent was made on another base, or with another tokenizer or template.
     """
-    limits = job.recipe.data
+    limits, location = job.recipe.data, base_location(job.recipe)
     tokenizer = AutoTokenizer.from_pretrained(job.parent_folder("sft") / "model")
-    base = load_causal_lm(job.recipe, base_location(job.recipe))
+    facts = base_facts(location, job.recipe.base.revision)
+    job.check_origin(tokenizer, facts)
+    base = load_causal_lm(job.recipe, location)
     reward_head = load_score_head(adapters["reward"]) if "reward" in adapters else None
     value_head = None
     if "value" in adapters:
@@ -48,4 +55,6 @@ def load_roles(
         base, adapters, reward_head=reward_head, value_head=value_head, trainable=trainable
     )
     renderer = Renderer(tokenizer, limits.max_prompt_tokens, limits.max_response_tokens)
-    return LoadedRoles(roles, tokenizer, renderer, end_ids(tokenizer), tokenizer.pad_token_id)
+    return LoadedRoles(
+        roles, facts, tokenizer, renderer, end_ids(tokenizer), tokenizer.pad_token_id
+    )

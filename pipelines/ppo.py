@@ -29,7 +29,7 @@ from align.functional import (
     ppo_value_loss,
     token_rewards,
 )
-from align.models import base_facts, base_location
+from align.models import base_location
 from align.recipe import Ppo
 from align.roles import ADAPTER_FILE, Role, Roles
 from align.seeds import derive_seed
@@ -103,10 +103,9 @@ def run(job: StageJob) -> StageResult:
             )
             break
 
-    folders = _save(job, loaded)
-    base = base_facts(base_location(recipe), recipe.base.revision)
     metrics["steps"] = float(step)
-    return StageResult(metrics, folders, loaded.tokenizer, base, {"prompts": dropped})
+    folders = _save(job, loaded)
+    return StageResult(metrics, folders, loaded.tokenizer, loaded.facts, {"prompts": dropped})
 
 
 def _starting_adapters(job: StageJob, section: Ppo) -> dict[Role, Path]:
@@ -121,8 +120,9 @@ def _starting_adapters(job: StageJob, section: Ppo) -> dict[Role, Path]:
 
 def _usable(job: StageJob, loaded: LoadedRoles) -> tuple[list[Prompt], Counter[str]]:
     """Return the training prompts that can be tokenised, and why others cannot."""
+    prompts = [row for row in job.data["prompts"].train if isinstance(row, Prompt)]
     rendered, dropped = render_all(
-        job.data["prompts"].train, lambda prompt: (prompt, loaded.renderer.prompt(prompt.messages))
+        prompts, lambda prompt: (prompt, loaded.renderer.prompt(prompt.messages))
     )
     job.check_dropped("prompts", dropped)
     return [prompt for prompt, _ in rendered], dropped

@@ -23,9 +23,8 @@ class Probe:
         assert job.recipe.ppo is not None
         self._job, self._loaded, self._score = job, loaded, score
         self._section = job.recipe.ppo
-        self._prompts: list[Prompt] = list(
-            job.data["prompts"].heldout[: self._section.probe_prompts]
-        )
+        heldout = job.data["prompts"].heldout[: self._section.probe_prompts]
+        self._prompts = [row for row in heldout if isinstance(row, Prompt)]
         evaluate = job.recipe.evaluate
         self._gold_name = evaluate.gold if evaluate is not None else None
         self._gold = load_function(self._gold_name) if self._gold_name else None

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from align.engine import Engine
 from align.errors import TrainingError
+from align.manifest import BaseFacts
 from align.recipe import MissingEos, Ppo, TokenizerSection
 from align.roles import Roles
 from data.order import draw
@@ -51,7 +52,10 @@ def loaded(request, tmp_path):
     )
     tokenizer = prepare_tokenizer(tiny.tokenizer(), TokenizerSection())
     renderer = Renderer(tokenizer, 64, 64)
-    return LoadedRoles(roles, tokenizer, renderer, end_ids(tokenizer), tokenizer.pad_token_id)
+    facts = BaseFacts(id="tiny", revision=None, sha256="")
+    return LoadedRoles(
+        roles, facts, tokenizer, renderer, end_ids(tokenizer), tokenizer.pad_token_id
+    )
 
 
 def rolled(loaded, section=SECTION, seed=0):
