@@ -80,7 +80,9 @@ def run(job: StageJob) -> StageResult:
     job.log.log(0, metrics)
     job.sample(_sample_rows(prompts, answers, categories))
     dropped = {"prompts": lost_prompts, "sft": lost_demonstrations, "reward": lost_rankings}
-    return StageResult(metrics, ("samples.jsonl", "metrics.jsonl"), loaded.tokenizer, loaded.facts, dropped)
+    return StageResult(
+        metrics, ("samples.jsonl", "metrics.jsonl"), loaded.tokenizer, loaded.facts, dropped
+    )
 
 
 def _heldout_prompts(job: StageJob, section: Evaluate) -> list[Prompt]:
