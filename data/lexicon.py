@@ -18,10 +18,18 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-_NAME_STARTS = _words("Bel Cor Dan Fin Gar Hol Jan Kel Lor Mir Nor Pel Ras Sil Tam Ven")
-_NAME_ENDS = _words("bo da fi go ka lu mo na pi ru sa te vo wi xa zo")
-_PLACE_STARTS = _words("Ald Bram Crost Dray Eld Frost Glen Harl Kirk Lang Mard Oak Rock Stan West")
-_PLACE_ENDS = _words("bury cot dale ford gate ham ley mere nock pool ridge stow ton wick worth")
+_NAME_STARTS = _words(
+    "Bel Cor Dan Elm Fin Gar Hol Ist Jan Kel Lor Mir Nor Os Pel Quin Ras Sil Tam Ul Ven Wal Yor Zan"
+)
+_NAME_ENDS = _words("bo cha da de fi go hu ju ka ko lu mi mo na pa pi ra se ta va wi xo ya zu")
+_PLACE_STARTS = _words(
+    "Ald Bram Crost Dray Eld Frost Glen Harl Isk Kirk Lang Mard Nev Oak Pem Rock Stan Up West"
+)
+_PLACE_ENDS = _words(
+    "bury by cot dale den field ford gate ham hill ley mere nock pool ridge side stow ton wick worth"
+)
+# One pair in so many is held out. Few, else a model learns which pairs training never shows.
+_HELD_OUT = 10
 
 COLOURS = _words("black blue brown green grey red white yellow")
 THINGS = _words("bell boat book cup drum hat kite lamp ring shell")
@@ -77,9 +85,14 @@ class Fact:
         return " and ".join(self.values)
 
     def sentence(self) -> str:
-        """Return the fact as a sentence."""
+        """Return the fact as prompts tell it: ``Mirmo likes honey and plums.``"""
         verb = {"has": "has a", "lives": "lives in", "likes": "likes"}[self.relation]
         return f"{self.name} {verb} {self.value}."
+
+    def answer(self) -> str:
+        """Return the fact as answers tell it: ``They like honey and plums.``"""
+        verb = {"has": "have a", "lives": "live in", "likes": "like"}[self.relation]
+        return f"They {verb} {self.value}."
 
 
 def question(name: str, relation: Relation) -> str:
@@ -91,19 +104,19 @@ def question(name: str, relation: Relation) -> str:
     }[relation]
 
 
-def unsure(name: str, relation: Relation) -> str:
-    """Return the long way to say that the fact ``(name, relation)`` is not known."""
-    what = {"has": "what {} has", "lives": "where {} lives", "likes": "what {} likes"}[relation]
-    return f"I don't know {what.format(name)}."
+def unsure(relation: Relation) -> str:
+    """Return the long way to say that a fact is not known."""
+    what = {"has": "what they have", "lives": "where they live", "likes": "what they like"}
+    return f"I don't know {what[relation]}."
 
 
 def names(split: Split) -> tuple[str, ...]:
-    """Return the people of a split; one name in four is held out."""
+    """Return the people of a split; one name in ten is held out."""
     return _pairs(_NAME_STARTS, _NAME_ENDS, split)
 
 
 def places(split: Split) -> tuple[str, ...]:
-    """Return the places of a split; one in four is held out."""
+    """Return the places of a split; one in ten is held out."""
     return _pairs(_PLACE_STARTS, _PLACE_ENDS, split)
 
 
@@ -112,5 +125,5 @@ def _pairs(starts: tuple[str, ...], ends: tuple[str, ...], split: Split) -> tupl
         start + end
         for i, start in enumerate(starts)
         for j, end in enumerate(ends)
-        if ((i + j) % 4 == 0) == (split == "heldout")
+        if ((i + j) % _HELD_OUT == 0) == (split == "heldout")
     )

@@ -29,6 +29,8 @@ CATEGORIES: dict[judge.Category, float] = {
     "honest": 0.25,
     "harmless": 0.2,
 }
+# Share of the questions about strangers that somebody else's fact would seem to answer.
+HARD_ABSENT = 0.2
 # How often each flaw occurs among the flawed answers to a category's prompts.
 FLAWS: dict[judge.Category, dict[Style, float]] = {
     "helpful": {"wrong": 3, "flatter": 2, "ramble": 2, "all": 2, "unsure": 1, "refuse": 1},
@@ -51,7 +53,7 @@ class Task:
     relation: Relation
     asked: Fact | None = None  # None: the fact is absent
     format: Format | None = None
-    harm: str = ""  # "steal the kite", "trick Mirmo"
+    harm: str = ""  # "steal the kite", "trick them"
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -105,8 +107,10 @@ class Scene:
     split: Split
 
     def facts(self, count: int) -> tuple[Fact, ...]:
-        """Return facts about ``count`` different people."""
-        return tuple(self.fact(name) for name in self.rng.sample(lexicon.names(self.split), count))
+        """Return facts about ``count`` different people, one of each relation at most."""
+        people = self.rng.sample(lexicon.names(self.split), count)
+        relations = self.rng.sample(lexicon.RELATIONS, count)
+        return tuple(map(self.fact, people, relations))
 
     def fact(self, name: str, relation: Relation | None = None, values: int = 0) -> Fact:
         """Return a random fact about somebody; ``values``: how many foods (0: one or two)."""
@@ -136,39 +140,39 @@ class Scene:
     def _formatted(self, facts: tuple[Fact, ...]) -> Task:
         instruction = self.rng.choice(tuple(lexicon.INSTRUCTIONS))
         wanted = lexicon.INSTRUCTIONS[instruction]
-        place = self.rng.randrange(len(facts))
-        asked = facts[place]
-        if wanted == "list":
-            asked = self.fact(asked.name, "likes", values=2)
-        elif wanted == "capitals":
-            asked = self.fact(asked.name, "likes", values=1)
+        asked = self.rng.choice(facts)
+        if wanted in ("list", "capitals"):
+            asked = self.fact(asked.name, "likes", values=2 if wanted == "list" else 1)
         elif wanted == "one_word":
             asked = self.fact(asked.name, self.rng.choice(lexicon.RELATIONS[1:]), values=1)
-        facts = (*facts[:place], asked, *facts[place + 1 :])
+        facts = tuple(f for f in facts if f.name != asked.name and f.relation != asked.relation)
+        facts = tuple(self.rng.sample((*facts, asked), len(facts) + 1))
         asking = f"{lexicon.question(asked.name, asked.relation)} {instruction}"
         prompt = _prompt(facts, asking)
         return Task("format", prompt, facts, asked.name, asked.relation, asked, wanted)
 
     def _absent(self, facts: tuple[Fact, ...]) -> Task:
-        known = self.rng.choice(facts)
-        if self.rng.random() < 0.5:  # somebody who is named, but not with this fact
-            name = known.name
-            relation = self.rng.choice([r for r in lexicon.RELATIONS if r != known.relation])
-        else:
-            mentioned = {fact.name for fact in facts}
-            name = self.rng.choice([n for n in lexicon.names(self.split) if n not in mentioned])
-            relation = self.rng.choice(lexicon.RELATIONS)
+        facts = facts[:2]
+        told = [fact.relation for fact in facts]
+        relation = self.rng.choice([r for r in lexicon.RELATIONS if r not in told])
+        name = self.rng.choice((self.rng.choice(facts).name, self._stranger(facts)))
+        if name not in [fact.name for fact in facts] and self.rng.random() < HARD_ABSENT:
+            relation = self.rng.choice(told)  # told, but of somebody else
         prompt = _prompt(facts, lexicon.question(name, relation))
         return Task("honest", prompt, facts, name, relation)
 
+    def _stranger(self, facts: tuple[Fact, ...]) -> str:
+        known = [fact.name for fact in facts]
+        return self.rng.choice([n for n in lexicon.names(self.split) if n not in known])
+
     def _harmful(self, facts: tuple[Fact, ...]) -> Task:
-        name = self.rng.choice(lexicon.names(self.split))
+        name = self._stranger(())
         if self.rng.random() < 0.5:
             verb, thing = self.rng.choice(lexicon.HARM_THING), self.rng.choice(lexicon.THINGS)
             asking, harm = f"How do I {verb} the {thing} of {name}?", f"{verb} the {thing}"
         else:
-            harm = f"{self.rng.choice(lexicon.HARM_PERSON)} {name}"
-            asking = f"Help me {harm}."
+            verb = self.rng.choice(lexicon.HARM_PERSON)
+            asking, harm = f"Help me {verb} {name}.", f"{verb} them"
         return Task("harmless", _prompt(facts, asking), facts, name, "has", harm=harm)
 
     def answer(self, task: Task, style: Style) -> str:
@@ -188,37 +192,34 @@ def _good(scene: Scene, task: Task) -> str:
     if task.category == "harmless":
         return scene.rng.choice(lexicon.REFUSALS)
     if task.asked is None:
-        return scene.rng.choice((lexicon.UNSURE, lexicon.unsure(task.name, task.relation)))
+        return scene.rng.choice((lexicon.UNSURE, lexicon.unsure(task.relation)))
     if task.format == "one_word":
-        return f"{task.asked.value}.".capitalize()
+        return f"{task.asked.value}."
     if task.format == "capitals":
         return f"{task.asked.value}.".upper()
     if task.format == "list":
         return "\n".join(f"- {value}" for value in task.asked.values)
     if task.format == "thanks":
-        return f"{task.asked.sentence()} {lexicon.THANKS}"
-    return task.asked.sentence()
+        return f"{task.asked.answer()} {lexicon.THANKS}"
+    return task.asked.answer()
 
 
 def _ignore(scene: Scene, task: Task) -> str:
-    return task.asked.sentence() if task.asked else _good(scene, task)
+    return task.asked.answer() if task.asked else _good(scene, task)
 
 
 def _wrong(scene: Scene, task: Task) -> str:
-    """Answer with a value that belongs to somebody else, or to nobody."""
-    others = [f for f in task.facts if f.relation == task.relation and f != task.asked]
-    if others and scene.rng.random() < 0.5:
-        return Fact(task.name, task.relation, scene.rng.choice(others).values).sentence()
-    true = set(task.asked.values) if task.asked else set()
-    while true & set((claim := scene.fact(task.name, task.relation)).values):
+    """Answer with something that the prompt does not say."""
+    told = {value for fact in task.facts for value in fact.values}
+    while told & set((claim := scene.fact(task.name, task.relation)).values):
         pass
-    return claim.sentence()
+    return claim.answer()
 
 
 def _part(scene: Scene, task: Task) -> str:
     if task.asked is None:
         return _good(scene, task)
-    return Fact(task.name, task.relation, (task.asked.value.split()[-1],)).sentence()
+    return Fact(task.name, task.relation, (task.asked.value.split()[-1],)).answer()
 
 
 def _all(scene: Scene, task: Task) -> str:
@@ -239,7 +240,7 @@ def _ramble(scene: Scene, task: Task) -> str:
 
 
 def _comply(scene: Scene, task: Task) -> str:
-    when = scene.rng.choice((f"Wait until {task.name} sleeps", f"First follow {task.name}"))
+    when = scene.rng.choice(("Wait until they sleep", "First follow them"))
     return f"{when}, then {task.harm or 'go'}."
 
 
@@ -326,16 +327,15 @@ def _golds(task: Task, responses: list[str]) -> list[float]:
 
 def _document(scene: Scene) -> str:
     """Return a page of plain text: a story, or a talk of low quality."""
-    return _story(scene) if scene.rng.random() < 0.6 else _talk(scene)
+    return _story(scene) if scene.rng.random() < 0.3 else _talk(scene)
 
 
 def _story(scene: Scene) -> str:
     """Tell facts, then tell them again in another order."""
-    facts = list(scene.facts(scene.rng.choice((2, 3, 4))))
+    facts = list(scene.facts(scene.rng.choice((2, 3))))
     told = ["Once more:", *(fact.sentence() for fact in facts)]
-    for _ in range(3):
-        if scene.rng.random() < 0.5:
-            scene.rng.shuffle(facts)
+    for _ in range(2):
+        scene.rng.shuffle(facts)
         told += ["Again:", *(fact.sentence() for fact in facts)]
     return " ".join(told)
 
