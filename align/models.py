@@ -32,6 +32,8 @@ from align.stages import stage_directory
 __all__ = [
     "base_facts",
     "base_location",
+    "check_lengths",
+    "compute_device",
     "load_causal_lm",
     "load_settings",
     "lora_config",
@@ -140,6 +142,37 @@ def new_llama(
         model = LlamaForCausalLM(config)
     model.generation_config = neutral_generation(config)
     return model
+
+
+def check_lengths(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int, keys: str
+) -> None:
+    """Refuse a model that has no embedding for a token, or no position for a whole conversation.
+
+    Args:
+        keys: the recipe keys that ``max_tokens`` comes from, for the message.
+
+    Raises:
+        InputError: names both numbers.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and max_tokens > positions:
+        raise InputError(
+            f"{keys} = {max_tokens} exceeds the base's {positions} positions; lower one of them"
+        )
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    embeddings = weight.shape[0]
+    if len(tokenizer) > embeddings:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens, the base only {embeddings} embeddings;"
+            " they do not belong together"
+        )
+
+
+def compute_device() -> torch.device:
+    """Return where models are computed: the first GPU, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def neutral_generation(config: PretrainedConfig) -> GenerationConfig:

@@ -47,7 +47,7 @@ def run(job: StageJob) -> StageResult:
     assert section is not None
     prompts = _heldout_prompts(job, section)
     gold = _gold_judge(section)
-    loaded = load_roles(job, _adapters(job))
+    loaded = load_roles(job, _adapters(job), max_new_tokens=section.max_new_tokens)
     prompts, lost_prompts = _usable(prompts, loaded.renderer)
     categories = _categories(section, prompts)
     scorer = _scorer(job, loaded.roles)

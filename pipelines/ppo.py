@@ -59,7 +59,12 @@ def run(job: StageJob) -> StageResult:
     """Train policy and critic; see the module's docstring."""
     recipe, section = job.recipe, job.recipe.ppo
     assert section is not None
-    loaded = load_roles(job, _starting_adapters(job, section), trainable=("policy", "value"))
+    loaded = load_roles(
+        job,
+        _starting_adapters(job, section),
+        max_new_tokens=section.max_new_tokens,
+        trainable=("policy", "value"),
+    )
     score = ppo_scorer(section, loaded.roles)
     prompts, dropped = _usable(job, loaded)
     probe = Probe(job, loaded, score)
@@ -283,9 +288,7 @@ def _save(job: StageJob, loaded: LoadedRoles) -> tuple[str, ...]:
 
 def _check_saved(roles: Roles, folder: Path) -> None:
     saved = load_file(folder / ADAPTER_FILE)
-    live = get_peft_model_state_dict(
-        roles.peft, adapter_name="policy", save_embedding_layers=False
-    )
+    live = get_peft_model_state_dict(roles.peft, adapter_name="policy", save_embedding_layers=False)
     if saved.keys() != live.keys() or any(
         not torch.equal(saved[key], live[key].cpu()) for key in saved
     ):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from align.errors import InputError, TrainingError
-from align.models import base_facts, base_location, load_causal_lm
+from align.models import base_facts, base_location, compute_device, load_causal_lm
 from align.recipe import Recipe, Reward
 from align.seeds import derive_seed
 from data.records import Demonstration, Ranking, Record, as_demonstration
@@ -199,8 +199,8 @@ def check_reload(
     Raises:
         TrainingError: they differ.
     """
-    model = load_reward_model(load_causal_lm(recipe, location), folder).to(_device())
-    found = score_rows(model, probe, batch_size=len(probe), pad_id=pad_id, device=_device())
+    model = load_reward_model(load_causal_lm(recipe, location), folder).to(compute_device())
+    found = score_rows(model, probe, batch_size=len(probe), pad_id=pad_id, device=compute_device())
     difference = (found - expected).abs().max().item()
     if not difference <= RELOAD_TOLERANCE:
         raise TrainingError(
@@ -274,7 +274,9 @@ def _scorer(model: RewardModel, section: Reward, pad_id: int) -> Callable[[Seque
     batch_size = 2 * (section.micro_batch_size or section.batch_size)
 
     def score(rows: Sequence[Row]) -> Tensor:
-        return score_rows(model, rows, batch_size=batch_size, pad_id=pad_id, device=_device())
+        return score_rows(
+            model, rows, batch_size=batch_size, pad_id=pad_id, device=compute_device()
+        )
 
     return score
 
@@ -300,7 +302,3 @@ def _metrics(
         torch.tensor([target for ranking in rankings for target in ranking.targets]),
         torch.tensor([len(response) for _, response in rows]),
     )
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

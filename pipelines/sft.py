@@ -12,7 +12,6 @@ from typing import cast
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig
@@ -21,7 +20,13 @@ from trl.trainer.sft_trainer import SFTTrainer
 from align.adapters import lora_config, save_adapter
 from align.errors import InputError, TrainingError
 from align.generation import generate
-from align.models import base_facts, base_location, first_line, load_causal_lm
+from align.models import (
+    base_facts,
+    base_location,
+    check_lengths,
+    first_line,
+    load_causal_lm,
+)
 from align.recipe import Recipe, Sft
 from align.seeds import derive_seed
 from data.collate import collate_demonstrations
@@ -51,7 +56,9 @@ def run(job: StageJob) -> StageResult:
     job.check_dropped("sft", dropped)
 
     base_model = load_causal_lm(recipe, location)
-    check_lengths(base_model, tokenizer, sum(limits))
+    check_lengths(
+        base_model, tokenizer, sum(limits), "data.max_prompt_tokens + data.max_response_tokens"
+    )
     model = add_adapter(base_model, recipe)
     trainer = make_trainer(job, section, model, tokenizer, train)
     callback = connect(trainer, job.log)
@@ -100,28 +107,6 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the pad token's id; ``prepare_tokenizer`` has given it one."""
     assert isinstance(tokenizer.pad_token_id, int)
     return tokenizer.pad_token_id
-
-
-def check_lengths(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> None:
-    """Refuse a model that has no embedding for a token, or no position for a whole conversation.
-
-    Raises:
-        InputError: names both numbers.
-    """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and max_tokens > positions:
-        raise InputError(
-            f"data.max_prompt_tokens + data.max_response_tokens = {max_tokens} exceeds the base's"
-            f" {positions} positions; lower one of them"
-        )
-    embeddings = cast(Tensor, model.get_input_embeddings().weight).shape[0]
-    if len(tokenizer) > embeddings:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens, the base only {embeddings} embeddings;"
-            " they do not belong together"
-        )
 
 
 def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:

@@ -35,7 +35,13 @@ from align.recipe import Recipe, StageName
 from align.recipe_io import dump_recipe, load_recipe
 from align.tracking import WandbTracker, start_tracker
 from data.load import LoadedData, load_records
-from pipelines.process import Stopped, quiet_libraries, seed_generators, signals_as_exceptions
+from pipelines.process import (
+    Stopped,
+    quiet_libraries,
+    seed_generators,
+    share_processors,
+    signals_as_exceptions,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -217,6 +223,7 @@ def _run(job: StageJob) -> None:
     started = _now()
     # Before the parents can change under a long run.
     inputs_sha256 = stages.inputs_sha256(job.recipe, job.stage, job.parents)
+    share_processors()
     quiet_libraries()
     seed_generators(job.recipe)
     module = importlib.import_module(_MODULES[job.stage])
@@ -321,7 +328,7 @@ def _reasons(dropped: Counter[str]) -> str:
 
 
 def _final(metrics: dict[str, float]) -> str:
-    return format_values(metrics) or "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+    return format_values(metrics) or f"{len(metrics)} metrics in {manifests.FILE}"
 
 
 def _say(console: Console, text: str) -> None:
