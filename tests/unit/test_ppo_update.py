@@ -11,6 +11,7 @@ from align.errors import TrainingError
 from align.manifest import BaseFacts
 from align.recipe import MissingEos, Ppo, TokenizerSection
 from align.roles import Roles
+from align.sequences import Sequences
 from data.order import draw
 from data.records import Message, Prompt
 from data.render import Renderer
@@ -155,6 +156,56 @@ def test_t27_missing_eos_lowers_the_returns_of_unfinished_responses_only(loaded)
         for row, m in zip(rollout.sequences.response_ids, rollout.mask, strict=True)
     ]
     assert rollout.ended.tolist() == stopped
+
+
+# T29: what is trained on are the sampled ids, never text that was encoded again.
+def test_t29_the_policy_trains_on_the_sampled_ids(loaded):
+    rollout = rolled(loaded)
+    sampled = loaded.roles.generate(
+        "policy",
+        [loaded.renderer.prompt(prompt.messages) for prompt in PROMPTS],
+        max_new_tokens=SECTION.max_new_tokens,
+        temperature=1.0,
+        end_ids=loaded.end_ids,
+        pad_id=loaded.pad_id,
+        seed=0,
+    )
+    kept = zip(rollout.sequences.response_ids, rollout.mask, strict=True)
+    assert [ids[mask].tolist() for ids, mask in kept] == sampled.responses
+
+
+# T15: one number per response, one per token, and which is which.
+def test_t15_kl_is_logged_per_response_and_per_token(loaded):
+    for parameter in loaded.roles.role_parameters("policy"):
+        parameter.data.mul_(1.5)
+    rollout = rolled(loaded)
+    pairs = zip(rollout.logprobs - rollout.ref_logprobs, rollout.mask, strict=True)
+    per_response = [float(kl[mask].sum()) for kl, mask in pairs]
+    metrics = rollout.metrics()
+    assert metrics["kl/mean"] == pytest.approx(sum(per_response) / 8, rel=1e-4)
+    tokens = int(rollout.mask.sum())
+    assert metrics["kl/token"] == pytest.approx(sum(per_response) / tokens, rel=1e-4)
+
+
+# T23: the critic starts as the reward model: its first values are scores of unfinished answers.
+def test_t23_the_critic_starts_from_the_reward_model(loaded):
+    rollout = rolled(loaded)
+    row = int(rollout.mask.sum(1).argmax())
+    sequence = rollout.sequences.rows(slice(row, row + 1))
+    shorter = torch.zeros_like(sequence.response_mask)
+    shorter[:, :2] = True
+    cut = Sequences(
+        sequence.input_ids,
+        torch.cat([sequence.attention_mask[:, : sequence.prompt_width], shorter], 1),
+        shorter,
+    )
+    assert_close(loaded.roles.scores(cut)[0], rollout.values[row, 2], rtol=0, atol=2e-5)
+
+
+# T31: PyTorch's Adam with the epsilon that the published hyper-parameters go with.
+def test_t31_adam_epsilon(loaded):
+    optimizer = engine_of(loaded).optimizer
+    assert {group["eps"] for group in optimizer.param_groups} == {1e-5}
 
 
 # T1: sampling at a temperature means log-probabilities at that temperature.
