@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 
 _BLOCK, _HEADER, _RECORD = 32768, 7, 7
@@ -37,14 +38,23 @@ def config(directory: Path) -> str:
     return "".join(_parsed(directory, "config"))
 
 
-def _parsed(directory: Path, kind: str) -> list:
+def _complete(path: Path) -> list:
+    """Return all records once the last one is there: W&B writes them in a process of its own."""
     from wandb.proto.wandb_internal_pb2 import Record
 
+    deadline = time.monotonic() + 60
+    while True:
+        found = [Record.FromString(raw) for raw in records(path)]
+        if any(record.HasField("exit") for record in found):
+            return found
+        assert time.monotonic() < deadline, f"{path}: the run has not ended"
+        time.sleep(0.1)
+
+
+def _parsed(directory: Path, kind: str) -> list:
     (path,) = directory.rglob("*.wandb")
     rows: list = []
-    for raw in records(path):
-        record = Record()
-        record.ParseFromString(raw)
+    for record in _complete(path):
         if kind == "config" and record.HasField("run"):
             rows += [f"{item.key}={item.value_json}\n" for item in record.run.config.update]
         if kind == "history" and record.HasField("history"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from align.manifest import BaseFacts
 from align.recipe import Evaluate, TokenizerSection
 from align.roles import Roles
 from data.records import Message, Prompt, Ranking
@@ -38,6 +39,7 @@ def loaded(folders):
     tokenizer = prepare_tokenizer(tiny.tokenizer(), TokenizerSection())
     return LoadedRoles(
         Roles(tiny.llama(), folders, reward_head=head),
+        BaseFacts(id="tiny", revision=None, sha256=""),
         tokenizer,
         Renderer(tokenizer, 64, 64),
         end_ids(tokenizer),

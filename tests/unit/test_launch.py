@@ -30,8 +30,8 @@ if os.environ.get("FAIL") == stage:
     print(f"{stage}: no more rows", file=sys.stderr)
     sys.exit(2)
 if os.environ.get("HANG") == stage:
-    print("hanging", file=sys.stderr, flush=True)
     try:
+        print("hanging", file=sys.stderr, flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         print(f"{stage}: stopped by SIGINT", file=sys.stderr)
