@@ -131,6 +131,7 @@ def new_llama(
         num_attention_heads=section.num_heads,
         num_key_value_heads=section.num_kv_heads,
         max_position_embeddings=section.max_positions,
+        initializer_range=section.initializer_range,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,

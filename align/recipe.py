@@ -178,6 +178,8 @@ class SmallLlama(Section):
     num_kv_heads: Positive
     intermediate_size: Positive
     max_positions: Positive
+    # Spread of the first weights. A small, tied model learns to copy sooner from a larger one.
+    initializer_range: PositiveFloat = 0.02
 
     @model_validator(mode="after")
     def _check(self) -> "SmallLlama":
