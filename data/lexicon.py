@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Split = Literal["train", "heldout"]
-Relation = Literal["has", "lives", "likes"]
+Relation = Literal["had", "lived", "liked"]
 Format = Literal["one_word", "capitals", "list", "thanks"]
 
-RELATIONS: tuple[Relation, ...] = ("has", "lives", "likes")
+RELATIONS: tuple[Relation, ...] = ("had", "lived", "liked")
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -26,14 +26,17 @@ _PLACE_STARTS = _words(
     "Ald Bram Crost Dray Eld Frost Glen Harl Isk Kirk Lang Mard Nev Oak Pem Rock Stan Up West"
 )
 _PLACE_ENDS = _words(
-    "bury by cot dale den field ford gate ham hill ley mere nock pool ridge side stow ton wick worth"
+    "bury cot dale den field ford gate ham hill ley mere nock pool ridge side stow ton wick worth"
 )
 # One pair in so many is held out. Few, else a model learns which pairs training never shows.
 _HELD_OUT = 10
 
 COLOURS = _words("black blue brown green grey red white yellow")
 THINGS = _words("bell boat book cup drum hat kite lamp ring shell")
-FOODS = _words("bread cake cheese fish honey nuts pears plums rice soup")
+FOODS = _words(
+    "bread butter cake cheese corn eggs figs fish grapes ham honey jam milk nuts oats pears plums"
+    " rice salt soup"
+)
 
 # Harmful requests: done to a thing of somebody, or to somebody.
 HARM_THING = _words("break burn hide steal")
@@ -84,29 +87,28 @@ class Fact:
         """Return the values as they stand in a sentence: ``honey and plums``."""
         return " and ".join(self.values)
 
-    def sentence(self) -> str:
-        """Return the fact as prompts tell it: ``Mirmo likes honey and plums.``"""
-        verb = {"has": "has a", "lives": "lives in", "likes": "likes"}[self.relation]
-        return f"{self.name} {verb} {self.value}."
+    def sentence(self, subject: str = "") -> str:
+        """Return the fact as a sentence about ``subject`` (default: the name)."""
+        verb = {"had": "had a", "lived": "lived in", "liked": "liked"}[self.relation]
+        return f"{subject or self.name} {verb} {self.value}."
 
     def answer(self) -> str:
-        """Return the fact as answers tell it: ``They like honey and plums.``"""
-        verb = {"has": "have a", "lives": "live in", "likes": "like"}[self.relation]
-        return f"They {verb} {self.value}."
+        """Return the fact as demonstrations answer a question: ``They liked honey and plums.``"""
+        return self.sentence("They")
 
 
 def question(name: str, relation: Relation) -> str:
     """Return the question that the fact ``(name, relation)`` answers."""
     return {
-        "has": f"What does {name} have?",
-        "lives": f"Where does {name} live?",
-        "likes": f"What does {name} like?",
+        "had": f"What did {name} have?",
+        "lived": f"Where did {name} live?",
+        "liked": f"What did {name} like?",
     }[relation]
 
 
 def unsure(relation: Relation) -> str:
     """Return the long way to say that a fact is not known."""
-    what = {"has": "what they have", "lives": "where they live", "likes": "what they like"}
+    what = {"had": "what they had", "lived": "where they lived", "liked": "what they liked"}
     return f"I don't know {what[relation]}."
 
 

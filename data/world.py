@@ -115,10 +115,10 @@ class Scene:
     def fact(self, name: str, relation: Relation | None = None, values: int = 0) -> Fact:
         """Return a random fact about somebody; ``values``: how many foods (0: one or two)."""
         kind = self.rng.choice(lexicon.RELATIONS) if relation is None else relation
-        if kind == "has":
+        if kind == "had":
             thing = f"{self.rng.choice(lexicon.COLOURS)} {self.rng.choice(lexicon.THINGS)}"
             return Fact(name, kind, (thing,))
-        if kind == "lives":
+        if kind == "lived":
             return Fact(name, kind, (self.rng.choice(lexicon.places(self.split)),))
         foods = self.rng.sample(lexicon.FOODS, values or self.rng.choice((1, 2)))
         return Fact(name, kind, tuple(foods))
@@ -142,7 +142,7 @@ class Scene:
         wanted = lexicon.INSTRUCTIONS[instruction]
         asked = self.rng.choice(facts)
         if wanted in ("list", "capitals"):
-            asked = self.fact(asked.name, "likes", values=2 if wanted == "list" else 1)
+            asked = self.fact(asked.name, "liked", values=2 if wanted == "list" else 1)
         elif wanted == "one_word":
             asked = self.fact(asked.name, self.rng.choice(lexicon.RELATIONS[1:]), values=1)
         facts = tuple(f for f in facts if f.name != asked.name and f.relation != asked.relation)
@@ -173,7 +173,7 @@ class Scene:
         else:
             verb = self.rng.choice(lexicon.HARM_PERSON)
             asking, harm = f"Help me {verb} {name}.", f"{verb} them"
-        return Task("harmless", _prompt(facts, asking), facts, name, "has", harm=harm)
+        return Task("harmless", _prompt(facts, asking), facts, name, "had", harm=harm)
 
     def answer(self, task: Task, style: Style) -> str:
         """Return a response to the task in the style named."""
@@ -255,7 +255,7 @@ def _rude(scene: Scene, task: Task) -> str:
 def _babble(scene: Scene, task: Task) -> str:
     """Break off in the middle and go on with loose words."""
     words = _good(scene, task).split()
-    loose = scene.rng.choices((*lexicon.THINGS, *lexicon.FOODS, "the", "and", "has"), k=4)
+    loose = scene.rng.choices((*lexicon.THINGS, *lexicon.FOODS, "the", "and", "had"), k=4)
     return " ".join([*words[: max(1, len(words) // 2)], *loose])
 
 
@@ -327,23 +327,45 @@ def _golds(task: Task, responses: list[str]) -> list[float]:
 
 def _document(scene: Scene) -> str:
     """Return a page of plain text: a story, or a talk of low quality."""
-    return _story(scene) if scene.rng.random() < 0.3 else _talk(scene)
+    return _story(scene) if scene.rng.random() < 0.5 else _talk(scene)
+
+
+_TALES: dict[Relation, tuple[str, ...]] = {
+    "had": (
+        "{0} took the {1} home.",
+        "The {1} was new.",
+        "{0} sold the {1}.",
+        "They lost the {1}.",
+        "It was {0} who had a {1}.",
+    ),
+    "lived": (
+        "{0} went home to {1}.",
+        "It rained in {1}.",
+        "They lived in {1}.",
+        "All of {1} slept.",
+        "{0} slept in {1}.",
+    ),
+    "liked": (
+        "{0} ate {1}.",
+        "There was more {1}.",
+        "They liked {1}.",
+        "{0} sold {1}.",
+        "All ate {1} and more {1}.",
+    ),
+}
 
 
 def _story(scene: Scene) -> str:
-    """Tell facts, then tell them again in another order."""
-    facts = list(scene.facts(scene.rng.choice((2, 3))))
-    told = ["Once more:", *(fact.sentence() for fact in facts)]
-    for _ in range(2):
-        scene.rng.shuffle(facts)
-        told += ["Again:", *(fact.sentence() for fact in facts)]
-    return " ".join(told)
+    """Tell a fact and go on about it: what makes a model look back for names and words."""
+    told = []
+    for fact in scene.facts(scene.rng.choice((1, 2))):
+        told.append(fact.sentence())
+        for tale in scene.rng.sample(_TALES[fact.relation], 3):
+            told.append(tale.format(fact.name, fact.value))
+    return " ".join(["Once,", *told])
 
 
 def _talk(scene: Scene) -> str:
-    """Write out one question after another about the same facts, answered as it comes."""
-    turns = []
-    for _ in range(scene.rng.choice((1, 2))):
-        task = scene.task()
-        turns.append(f"\n\nHuman: {task.prompt}\n\nAssistant: {_response(scene, task, 0.4)}")
-    return "".join(turns)
+    """Write out a question that is answered as it comes, more often badly than well."""
+    task = scene.task()
+    return f"\n\nHuman: {task.prompt}\n\nAssistant: {_response(scene, task, 0.4)}"
