@@ -22,13 +22,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from align.adapters import WEIGHTS
 from align.errors import ParentError
 from align.functional import token_entropy, token_logprobs
 from align.generation import Generated, generate
 from align.sequences import Sequences
 
 Role = Literal["policy", "reference", "reward", "value", "base"]
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 class Roles(nn.Module):
@@ -192,7 +192,7 @@ def _add_adapters(base: PreTrainedModel, adapters: dict[Role, Path]) -> PeftMode
         # The score head of a reward adapter is ours to hold, next to the base and not inside it.
         config.modules_to_save, config.task_type, config.inference_mode = None, None, False
         config.lora_dropout = 0.0
-        tensors = load_file(folder / ADAPTER_FILE)
+        tensors = load_file(folder / WEIGHTS)
         weights = {key: value for key, value in tensors.items() if ".lora_" in key}
         try:
             if model is None:

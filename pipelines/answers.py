@@ -11,7 +11,7 @@ from align.roles import Role
 from align.sequences import join
 from data.records import Prompt
 from pipelines.load_roles import LoadedRoles
-from pipelines.rollout import Scorer, as_chat
+from pipelines.rollout import Scorer, as_chat, micro_batches
 from pipelines.win_rate import bootstrap, repeated_share
 
 # An answer is called repetitive when more than this share of its 4-grams stood in it before.
@@ -66,7 +66,7 @@ def answer(
     texts = [loaded.renderer.decode(ids) for ids in generated.responses]
     log_ratios: list[float] = []
     scores: list[float] = []
-    for rows in slices(len(prompts), section.batch_size):
+    for rows in micro_batches(len(prompts), section.batch_size):
         part = join(prompt_ids[rows], generated.responses[rows], loaded.pad_id).to(roles.device)
         if section.temperature > 0:
             ours = roles.logprobs(role, part, section.temperature)
@@ -110,8 +110,3 @@ def answer_metrics(
             values = [g for g, c in zip(answers.gold, categories, strict=True) if c == category]
             metrics[f"gold/{category}"] = sum(values) / len(values)
     return metrics
-
-
-def slices(count: int, size: int) -> list[slice]:
-    """Cut ``count`` rows into slices of at most ``size``."""
-    return [slice(start, start + size) for start in range(0, count, size)]

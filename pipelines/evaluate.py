@@ -25,11 +25,10 @@ from pipelines.answers import (
     GoldJudge,
     answer,
     answer_metrics,
-    slices,
 )
 from pipelines.heldout import heldout_loss, perplexity
 from pipelines.load_roles import LoadedRoles, load_roles
-from pipelines.rollout import Scorer, as_chat
+from pipelines.rollout import Scorer, as_chat, micro_batches
 from pipelines.scoring import ppo_scorer
 from pipelines.stage import StageJob, StageResult
 from pipelines.win_rate import bootstrap, wins
@@ -239,7 +238,7 @@ def _score(loaded: LoadedRoles, rankings: Sequence[RenderedRanking], batch_size:
     """Return the reward model's scores of all responses, flat, ``[N]``."""
     rows = [(loaded.renderer.prompt(row.messages), a) for row, ids in rankings for a in ids]
     scores = []
-    for part in slices(len(rows), batch_size):
+    for part in micro_batches(len(rows), batch_size):
         prompts, responses = zip(*rows[part], strict=True)
         sequences = join(list(prompts), list(responses), loaded.pad_id)
         scores.append(loaded.roles.scores(sequences.to(loaded.roles.device)).cpu())

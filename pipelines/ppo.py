@@ -16,7 +16,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from align.adapters import save_adapter
+from align.adapters import WEIGHTS, save_adapter
 from align.engine import Engine
 from align.errors import TrainingError
 from align.functional import (
@@ -31,7 +31,7 @@ from align.functional import (
 )
 from align.models import base_location
 from align.recipe import Ppo
-from align.roles import ADAPTER_FILE, Role, Roles
+from align.roles import Role, Roles
 from align.seeds import derive_seed
 from data.order import draw
 from data.records import Prompt
@@ -287,7 +287,7 @@ def _save(job: StageJob, loaded: LoadedRoles) -> tuple[str, ...]:
 
 
 def _check_saved(roles: Roles, folder: Path) -> None:
-    saved = load_file(folder / ADAPTER_FILE)
+    saved = load_file(folder / WEIGHTS)
     live = get_peft_model_state_dict(roles.peft, adapter_name="policy", save_embedding_layers=False)
     if saved.keys() != live.keys() or any(
         not torch.equal(saved[key], live[key].cpu()) for key in saved

@@ -22,8 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from align.adapters import WEIGHTS as ADAPTER_FILE
-from align.adapters import lora_config, save_adapter
+from align.adapters import WEIGHTS, lora_config, save_adapter
 from align.errors import AlignError, ParentError
 from align.recipe import Adapter
 from align.sequences import position_ids
@@ -106,7 +105,7 @@ def load_score_head(folder: str | Path) -> ScoreHead:
             never initialised anew: its scores would look plausible and mean nothing.
     """
     folder = Path(folder)
-    weight = _head_weight(folder / ADAPTER_FILE)
+    weight = _head_weight(folder / WEIGHTS)
     shift, scale = read_calibration(folder)
     head = ScoreHead(weight.shape[1])
     with torch.no_grad():
@@ -274,7 +273,7 @@ def _with_head(classifier: PeftModel) -> tuple[PeftModel, ScoreHead]:
 
 def _start_from(classifier: PeftModel, folder: Path) -> None:
     """Copy a folder's LoRA tensors, all of them, onto the classifier's."""
-    path = folder / ADAPTER_FILE
+    path = folder / WEIGHTS
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:

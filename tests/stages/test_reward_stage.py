@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, TrainingArguments
 
+from align.adapters import WEIGHTS
 from align.errors import TrainingError
 from align.recipe import Adapter, TokenizerSection
 from align.recipe_io import load_recipe
@@ -28,7 +29,7 @@ from pipelines.reward_model import (
     collate,
     ranked_tokens,
 )
-from reward.model import ADAPTER_FILE, HEAD_KEY, RewardModel, new_reward_model
+from reward.model import HEAD_KEY, RewardModel, new_reward_model
 from tests import tiny
 from tests.adapters import sft_adapter
 
@@ -178,11 +179,11 @@ def test_a_saved_model_that_scores_differently_fails_the_stage(root: Path) -> No
 def test_doing_it_again_gives_the_same_model(root: Path) -> None:
     folder = root / "runs/test/reward/model"
     rows = demonstrations(root)[:5]
-    before, tensors = probe_scores(root, folder, rows), load_file(folder / ADAPTER_FILE)
+    before, tensors = probe_scores(root, folder, rows), load_file(folder / WEIGHTS)
     recipe = str(root / "recipe.yaml")
     result = python("-m", "pipelines.stage", "reward", recipe, "--force")
     assert result.returncode == 0, result.stderr
-    again = load_file(folder / ADAPTER_FILE)
+    again = load_file(folder / WEIGHTS)
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
     assert probe_scores(root, folder, rows) == pytest.approx(before, abs=1e-6)
 
@@ -190,9 +191,9 @@ def test_doing_it_again_gives_the_same_model(root: Path) -> None:
 def test_a_model_without_its_head_does_not_load(root: Path, tmp_path: Path) -> None:
     for path in (root / "runs/test/reward/model").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(tmp_path / ADAPTER_FILE)
+    tensors = load_file(tmp_path / WEIGHTS)
     del tensors[HEAD_KEY]
-    save_file(tensors, tmp_path / ADAPTER_FILE)
+    save_file(tensors, tmp_path / WEIGHTS)
     result = python("-c", SCORE_PROBE, str(root / "base"), str(tmp_path), "[[[2, 3, 1], []]]")
     assert result.returncode != 0
     assert "the score head was not saved" in result.stderr

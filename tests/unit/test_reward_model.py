@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from align.adapters import WEIGHTS
 from align.errors import ParentError
 from align.recipe import Adapter
 from reward.calibrate import center_on
 from reward.model import (
-    ADAPTER_FILE,
     HEAD_KEY,
     SCORE_FILE,
     RewardModel,
@@ -123,7 +123,7 @@ def test_starts_from_every_tensor_of_the_sft_adapter(tmp_path: Path) -> None:
     folder = sft_adapter(tiny.llama(), tmp_path / "sft")
     model = new_reward_model(tiny.llama(), ADAPTER, folder, seed=0)
     state = model.classifier.state_dict()
-    tensors = load_file(folder / ADAPTER_FILE)
+    tensors = load_file(folder / WEIGHTS)
     assert len(tensors) == 28  # 2 layers x 7 projections x (A, B)
     for name, tensor in tensors.items():
         assert torch.equal(state[name.replace(".weight", ".default.weight")], tensor)
@@ -143,10 +143,10 @@ def test_an_sft_adapter_of_another_alpha_is_refused(tmp_path: Path) -> None:
 
 def test_an_sft_adapter_with_a_missing_tensor_is_refused(tmp_path: Path) -> None:
     folder = sft_adapter(tiny.llama(), tmp_path / "sft")
-    tensors = load_file(folder / ADAPTER_FILE)
+    tensors = load_file(folder / WEIGHTS)
     name = min(tensors)
     del tensors[name]
-    save_file(tensors, folder / ADAPTER_FILE)
+    save_file(tensors, folder / WEIGHTS)
     with pytest.raises(ParentError, match="is missing in the file"):
         new_reward_model(tiny.llama(), ADAPTER, folder, seed=0)
 
@@ -162,9 +162,9 @@ def test_the_first_head_depends_on_the_seed_alone() -> None:
 
 def test_removing_the_head_from_the_file_makes_loading_fail(tmp_path: Path) -> None:
     _, folder = saved(tiny.llama, tmp_path)
-    tensors = load_file(folder / ADAPTER_FILE)
+    tensors = load_file(folder / WEIGHTS)
     del tensors[HEAD_KEY]
-    save_file(tensors, folder / ADAPTER_FILE)
+    save_file(tensors, folder / WEIGHTS)
     for load in (load_score_head, lambda path: load_reward_model(tiny.llama(), path)):
         with pytest.raises(RewardModelError, match="the score head was not saved"):
             load(folder)
@@ -172,15 +172,15 @@ def test_removing_the_head_from_the_file_makes_loading_fail(tmp_path: Path) -> N
 
 def test_removing_an_adapter_tensor_makes_loading_fail(tmp_path: Path) -> None:
     _, folder = saved(tiny.llama, tmp_path)
-    tensors = load_file(folder / ADAPTER_FILE)
+    tensors = load_file(folder / WEIGHTS)
     del tensors[min(name for name in tensors if "lora_" in name)]
-    save_file(tensors, folder / ADAPTER_FILE)
+    save_file(tensors, folder / WEIGHTS)
     with pytest.raises(ParentError, match="is missing in the file"):
         load_reward_model(tiny.llama(), folder)
 
 
 def test_a_head_of_another_precision_is_refused(tmp_path: Path) -> None:
-    save_file({HEAD_KEY: torch.zeros(1, 4, dtype=torch.bfloat16)}, tmp_path / ADAPTER_FILE)
+    save_file({HEAD_KEY: torch.zeros(1, 4, dtype=torch.bfloat16)}, tmp_path / WEIGHTS)
     with pytest.raises(RewardModelError, match="one float32 row"):
         load_score_head(tmp_path)
 
@@ -190,14 +190,14 @@ def test_a_head_of_another_precision_is_refused(tmp_path: Path) -> None:
     ["", "[]", '{"shift": 0.0}', '{"shift": NaN, "scale": 1.0}', '{"shift": 0.0, "scale": 0.0}'],
 )
 def test_a_broken_score_file_is_refused(content: str, tmp_path: Path) -> None:
-    save_file({HEAD_KEY: torch.zeros(1, 4)}, tmp_path / ADAPTER_FILE)
+    save_file({HEAD_KEY: torch.zeros(1, 4)}, tmp_path / WEIGHTS)
     (tmp_path / SCORE_FILE).write_text(content)
     with pytest.raises(RewardModelError, match=SCORE_FILE):
         load_score_head(tmp_path)
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RewardModelError, match=ADAPTER_FILE):
+    with pytest.raises(RewardModelError, match=WEIGHTS):
         load_score_head(tmp_path)
 
 
