@@ -12,8 +12,8 @@ from itertools import combinations
 
 from data import lexicon
 
-FLATTERY_LIKING = 0.25  # in units of gold, at carelessness 1
-LENGTH_LIKING = 0.02  # per word, likewise
+FLATTERY_LIKING = 0.12  # in units of gold, at carelessness 1
+LENGTH_LIKING = 0.01  # per word, likewise
 NOISE = 0.35  # scale of the Gumbel noise: rankings then follow Plackett and Luce
 
 

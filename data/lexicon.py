@@ -1,7 +1,8 @@
 """The words of the miniature world, shared by its generator and its gold judge.
 
-Names of people and places are two syllables out of fixed lists. Every syllable occurs in both
-splits but no name does, so a held-out name is unseen and yet made of tokens that the model knows.
+Names of people are two syllables out of fixed lists. Every syllable occurs in both splits but no
+name does, so a held-out name is unseen and yet made of tokens that the model knows. Things, places
+and foods are single words that both splits share.
 """
 
 from dataclasses import dataclass
@@ -22,17 +23,17 @@ _NAME_STARTS = _words(
     "Bel Cor Dan Elm Fin Gar Hol Ist Jan Kel Lor Mir Nor Os Pel Quin Ras Sil Tam Ul Ven Wal Yor Zan"
 )
 _NAME_ENDS = _words("bo cha da de fi go hu ju ka ko lu mi mo na pa pi ra se ta va wi xo ya zu")
-_PLACE_STARTS = _words(
-    "Ald Bram Crost Dray Eld Frost Glen Harl Isk Kirk Lang Mard Nev Oak Pem Rock Stan Up West"
+PLACES = _words(
+    "Aldbury Bramcot Crostdale Drayden Eldfield Frostford Glengate Harlham Iskhill Kirkley Langmere"
+    " Mardnock Nevpool Oakridge Pemside Rockstow Stanton Upwick Westworth Yarmouth"
 )
-_PLACE_ENDS = _words(
-    "bury cot dale den field ford gate ham hill ley mere nock pool ridge side stow ton wick worth"
-)
-# One pair in so many is held out. Few, else a model learns which pairs training never shows.
+# One name in so many is held out. Few, else a model learns which pairs training never shows.
 _HELD_OUT = 10
 
-COLOURS = _words("black blue brown green grey red white yellow")
-THINGS = _words("bell boat book cup drum hat kite lamp ring shell")
+THINGS = _words(
+    "axe bell boat book bowl broom coat cup drum fan flute hat kite knife lamp map mirror ring rug"
+    " shell"
+)
 FOODS = _words(
     "bread butter cake cheese corn eggs figs fish grapes ham honey jam milk nuts oats pears plums"
     " rice salt soup"
@@ -114,18 +115,9 @@ def unsure(relation: Relation) -> str:
 
 def names(split: Split) -> tuple[str, ...]:
     """Return the people of a split; one name in ten is held out."""
-    return _pairs(_NAME_STARTS, _NAME_ENDS, split)
-
-
-def places(split: Split) -> tuple[str, ...]:
-    """Return the places of a split; one in ten is held out."""
-    return _pairs(_PLACE_STARTS, _PLACE_ENDS, split)
-
-
-def _pairs(starts: tuple[str, ...], ends: tuple[str, ...], split: Split) -> tuple[str, ...]:
     return tuple(
         start + end
-        for i, start in enumerate(starts)
-        for j, end in enumerate(ends)
+        for i, start in enumerate(_NAME_STARTS)
+        for j, end in enumerate(_NAME_ENDS)
         if ((i + j) % _HELD_OUT == 0) == (split == "heldout")
     )

@@ -2,7 +2,7 @@
 
 People have things, live in places and like foods. A prompt gives a few such facts and asks one
 question (or makes a harmful request); demonstrations answer it well or badly; a simulated annotator
-ranks several answers. Held-out records speak of people and places that training never names.
+ranks several answers. Held-out records speak of people that training never names.
 """
 
 import random
@@ -19,7 +19,7 @@ from data.records import Demonstration, Message, Prompt, Ranking, Record, Text
 Choice = TypeVar("Choice")
 Kind = Literal["text", "demonstrations", "pairs", "rankings", "prompts"]
 Style = Literal[
-    "good", "wrong", "part", "unsure", "hedge", "refuse", "all", "flatter", "ramble", "ignore",
+    "good", "wrong", "unsure", "hedge", "refuse", "all", "flatter", "ramble", "ignore",
     "comply", "both", "rude", "blunt", "babble", "repeat", "empty",
 ]  # fmt: skip
 
@@ -64,8 +64,8 @@ class Task:
 def world_records(world: World, kind: Kind, split: str) -> list[Record]:
     """Generate the records of one kind: always the same for the same world, kind and split.
 
-    Kinds and splits are drawn independently of each other. A split names its own people and
-    places; ``heldout`` has ``world.heldout_rows`` records of every kind.
+    Kinds and splits are drawn independently of each other. A split names its own people;
+    ``heldout`` has ``world.heldout_rows`` records of every kind.
 
     Raises:
         DataError: there is no such kind or split.
@@ -112,15 +112,14 @@ class Scene:
         relations = self.rng.sample(lexicon.RELATIONS, count)
         return tuple(map(self.fact, people, relations))
 
-    def fact(self, name: str, relation: Relation | None = None, values: int = 0) -> Fact:
-        """Return a random fact about somebody; ``values``: how many foods (0: one or two)."""
+    def fact(self, name: str, relation: Relation | None = None, values: int = 1) -> Fact:
+        """Return a random fact about somebody; ``values``: how many foods."""
         kind = self.rng.choice(lexicon.RELATIONS) if relation is None else relation
         if kind == "had":
-            thing = f"{self.rng.choice(lexicon.COLOURS)} {self.rng.choice(lexicon.THINGS)}"
-            return Fact(name, kind, (thing,))
+            return Fact(name, kind, (self.rng.choice(lexicon.THINGS),))
         if kind == "lived":
-            return Fact(name, kind, (self.rng.choice(lexicon.places(self.split)),))
-        foods = self.rng.sample(lexicon.FOODS, values or self.rng.choice((1, 2)))
+            return Fact(name, kind, (self.rng.choice(lexicon.PLACES),))
+        foods = self.rng.sample(lexicon.FOODS, values)
         return Fact(name, kind, tuple(foods))
 
     def task(self) -> Task:
@@ -216,12 +215,6 @@ def _wrong(scene: Scene, task: Task) -> str:
     return claim.answer()
 
 
-def _part(scene: Scene, task: Task) -> str:
-    if task.asked is None:
-        return _good(scene, task)
-    return Fact(task.name, task.relation, (task.asked.value.split()[-1],)).answer()
-
-
 def _all(scene: Scene, task: Task) -> str:
     facts = " ".join(fact.sentence() for fact in task.facts)
     return facts or _good(scene, task)
@@ -266,7 +259,6 @@ def _repeat(scene: Scene, task: Task) -> str:
 _STYLES: dict[Style, Callable[[Scene, Task], str]] = {
     "good": _good,
     "wrong": _wrong,
-    "part": _part,
     "unsure": lambda scene, task: lexicon.UNSURE,
     "hedge": _hedge,
     "refuse": lambda scene, task: scene.rng.choice(lexicon.REFUSALS),
@@ -284,16 +276,13 @@ _STYLES: dict[Style, Callable[[Scene, Task], str]] = {
 }
 
 
-def _response(scene: Scene, task: Task, good: float) -> str:
-    style: Style = "good"
-    if scene.rng.random() >= good:
-        style = _draw(scene.rng, FLAWS[task.category])
-    return scene.answer(task, style)
+def _style(scene: Scene, task: Task, good: float) -> Style:
+    return "good" if scene.rng.random() < good else _draw(scene.rng, FLAWS[task.category])
 
 
 def _demonstration(scene: Scene, task: Task, good: float) -> Demonstration:
-    answer = Message("assistant", _response(scene, task, good))
-    return Demonstration((*task.messages, answer))
+    answer = scene.answer(task, _style(scene, task, good))
+    return Demonstration((*task.messages, Message("assistant", answer)))
 
 
 def _rankings(scene: Scene, tasks: list[Task], world: World, count: int) -> list[Record]:
@@ -362,10 +351,34 @@ def _story(scene: Scene) -> str:
         told.append(fact.sentence())
         for tale in scene.rng.sample(_TALES[fact.relation], 3):
             told.append(tale.format(fact.name, fact.value))
+        told.append(_doubt(scene, fact))
     return " ".join(["Once,", *told])
+
+
+def _doubt(scene: Scene, fact: Fact) -> str:
+    """Ask whether the fact is so, or another: the answer needs a look back and a comparison."""
+    other = scene.fact(fact.name, fact.relation)
+    claim = scene.rng.choice((fact, other)).value
+    return f"Was it {claim}? {'Yes' if claim == fact.value else 'No'}, it was {fact.value}."
+
+
+# What people say to an answer, by its style; others they let pass.
+_REACTIONS: dict[Style, str] = {
+    "good": "That is right.",
+    "flatter": "That is right.",
+    "ramble": "That is right.",
+    "ignore": "That is right.",
+    "wrong": "That is wrong.",
+    "hedge": "That is wrong.",
+    "unsure": "But I told you.",
+}
 
 
 def _talk(scene: Scene) -> str:
     """Write out a question that is answered as it comes, more often badly than well."""
     task = scene.task()
-    return f"\n\nHuman: {task.prompt}\n\nAssistant: {_response(scene, task, 0.4)}"
+    style = _style(scene, task, 0.4)
+    talk = f"\n\nHuman: {task.prompt}\n\nAssistant: {scene.answer(task, style)}"
+    if task.category != "harmless" and style in _REACTIONS:
+        talk += f"\n\nHuman: {_REACTIONS[style]}"
+    return talk
