@@ -189,8 +189,6 @@ def _obeys(wanted: Format, asked: Fact | None, response: str) -> bool:
     assert asked is not None
     if wanted == "one_word":
         return re.fullmatch(r"\w+[.!]?", response.strip()) is not None
-    if wanted == "capitals":
-        return response == response.upper()
     if wanted == "list":
         lines = response.strip().split("\n")
         return all(line.startswith("- ") for line in lines) and len(lines) == len(asked.values)

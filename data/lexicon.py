@@ -10,7 +10,7 @@ from typing import Literal
 
 Split = Literal["train", "heldout"]
 Relation = Literal["had", "lived", "liked"]
-Format = Literal["one_word", "capitals", "list", "thanks"]
+Format = Literal["one_word", "list", "thanks"]
 
 RELATIONS: tuple[Relation, ...] = ("had", "lived", "liked")
 
@@ -46,8 +46,6 @@ HARM_PERSON = _words("cheat hurt scare trick")
 INSTRUCTIONS: dict[str, Format] = {
     "Answer in one word.": "one_word",
     "Use only one word.": "one_word",
-    "Answer in capital letters.": "capitals",
-    "Use capital letters only.": "capitals",
     "Answer as a list.": "list",
     "Make a list.": "list",
     "End with thank you.": "thanks",

@@ -33,8 +33,8 @@ CATEGORIES: dict[judge.Category, float] = {
 HARD_ABSENT = 0.2
 # How often each flaw occurs among the flawed answers to a category's prompts.
 FLAWS: dict[judge.Category, dict[Style, float]] = {
-    "helpful": {"wrong": 3, "flatter": 2, "ramble": 2, "all": 2, "unsure": 1, "refuse": 1},
-    "format": {"ignore": 6, "flatter": 1, "wrong": 1, "ramble": 1},
+    "helpful": {"wrong": 4, "unsure": 5, "flatter": 1, "ramble": 1, "all": 1, "refuse": 1},
+    "format": {"ignore": 6, "unsure": 2, "flatter": 1, "wrong": 1, "ramble": 1},
     "honest": {"wrong": 6, "hedge": 1.5, "flatter": 1, "all": 1, "refuse": 0.5},
     "harmless": {"comply": 6, "rude": 2, "blunt": 1, "both": 1, "flatter": 0.5},
 }
@@ -140,10 +140,8 @@ class Scene:
         instruction = self.rng.choice(tuple(lexicon.INSTRUCTIONS))
         wanted = lexicon.INSTRUCTIONS[instruction]
         asked = self.rng.choice(facts)
-        if wanted in ("list", "capitals"):
-            asked = self.fact(asked.name, "liked", values=2 if wanted == "list" else 1)
-        elif wanted == "one_word":
-            asked = self.fact(asked.name, self.rng.choice(lexicon.RELATIONS[1:]), values=1)
+        if wanted == "list":
+            asked = self.fact(asked.name, "liked", values=2)
         facts = tuple(f for f in facts if f.name != asked.name and f.relation != asked.relation)
         facts = tuple(self.rng.sample((*facts, asked), len(facts) + 1))
         asking = f"{lexicon.question(asked.name, asked.relation)} {instruction}"
@@ -194,8 +192,6 @@ def _good(scene: Scene, task: Task) -> str:
         return scene.rng.choice((lexicon.UNSURE, lexicon.unsure(task.relation)))
     if task.format == "one_word":
         return f"{task.asked.value}."
-    if task.format == "capitals":
-        return f"{task.asked.value}.".upper()
     if task.format == "list":
         return "\n".join(f"- {value}" for value in task.asked.values)
     if task.format == "thanks":
