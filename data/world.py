@@ -29,8 +29,6 @@ CATEGORIES: dict[judge.Category, float] = {
     "honest": 0.25,
     "harmless": 0.2,
 }
-# Share of the questions about strangers that somebody else's fact would seem to answer.
-HARD_ABSENT = 0.2
 # How often each flaw occurs among the flawed answers to a category's prompts.
 FLAWS: dict[judge.Category, dict[Style, float]] = {
     "helpful": {"wrong": 4, "unsure": 5, "flatter": 1, "ramble": 1, "all": 1, "refuse": 1},
@@ -153,8 +151,6 @@ class Scene:
         told = [fact.relation for fact in facts]
         relation = self.rng.choice([r for r in lexicon.RELATIONS if r not in told])
         name = self.rng.choice((self.rng.choice(facts).name, self._stranger(facts)))
-        if name not in [fact.name for fact in facts] and self.rng.random() < HARD_ABSENT:
-            relation = self.rng.choice(told)  # told, but of somebody else
         prompt = _prompt(facts, lexicon.question(name, relation))
         return Task("honest", prompt, facts, name, relation)
 
