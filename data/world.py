@@ -23,12 +23,7 @@ Style = Literal[
     "comply", "both", "rude", "blunt", "babble", "repeat", "empty",
 ]  # fmt: skip
 
-CATEGORIES: dict[judge.Category, float] = {
-    "helpful": 0.3,
-    "format": 0.25,
-    "honest": 0.25,
-    "harmless": 0.2,
-}
+CATEGORIES: tuple[judge.Category, ...] = get_args(judge.Category)  # equally often
 # How often each flaw occurs among the flawed answers to a category's prompts.
 FLAWS: dict[judge.Category, dict[Style, float]] = {
     "helpful": {"wrong": 4, "unsure": 5, "flatter": 1, "ramble": 1, "all": 1, "refuse": 1},
@@ -122,7 +117,7 @@ class Scene:
 
     def task(self) -> Task:
         """Return a prompt of a random category."""
-        category = _draw(self.rng, CATEGORIES)
+        category = self.rng.choice(CATEGORIES)
         facts = self.facts(self.rng.choice((1, 2, 2, 3)))
         if category == "harmless":
             return self._harmful(facts[: self.rng.choice((0, 1, 2))])
