@@ -39,7 +39,7 @@ def refused(cwd: Path, *words: str) -> str:
     done = align(cwd, *words)
     assert time.monotonic() - started < 5
     assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stdout == ""
+    assert done.stdout in ("", "sft: running (no finished result yet)\n")
     assert "Traceback" not in done.stderr
     assert sorted(cwd.rglob("*")) == before
     return done.stderr
@@ -119,3 +119,31 @@ def test_somebody_elses_data_package_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data.py").touch()
     errors = refused(tmp_path, "--help")
     assert errors.startswith(f"error: `import data` finds {tmp_path / 'data.py'}, not ")
+
+
+GOOD_ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "rows.jsonl: no such file"),
+        ("directory", "rows.jsonl: is a directory"),
+        ("", "rows.jsonl: the file is empty"),
+        (GOOD_ROW + GOOD_ROW[:40], "rows.jsonl:2"),
+        (GOOD_ROW + '{"messages": null}\n', "rows.jsonl:2: messages"),
+        (GOOD_ROW.replace('"Yo"', "null") + GOOD_ROW, "rows.jsonl:1: messages[1].content"),
+        (GOOD_ROW + GOOD_ROW.replace('"user"', '"bot"'), "rows.jsonl:2: messages[0].role"),
+    ],
+    ids=["missing", "directory", "empty", "truncated", "null", "null content", "unknown role"],
+)
+def test_wrong_data(tmp_path: Path, content: str | None, expected: str) -> None:
+    (tmp_path / "r.yaml").write_text(GOOD.replace("world: demonstrations", "path: rows.jsonl"))
+    rows = tmp_path / "rows.jsonl"
+    if content == "directory":
+        rows.mkdir()
+    elif content is not None:
+        rows.write_text(content)
+    message = refused(tmp_path, "sft", "r.yaml")
+    assert expected in message
+    assert message.count("error: ") <= 1
