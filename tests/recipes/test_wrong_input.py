@@ -75,7 +75,7 @@ def test_the_good_recipe_is_good(tmp_path: Path) -> None:
     [
         (["run", "none.yaml"], "error: none.yaml: no such file and no shipped recipe"),
         (["run", "folder"], "error: folder: is a directory"),
-        (["run", "miniatur"], "did you mean miniature?"),
+        (["run", "miniatur"], "did you mean miniature or"),
         (["run", "r.yaml", "sft.lr=big"], "error: sft.lr=big: found 'big' (text); allowed: a num"),
         (["run", "r.yaml", "sft.lr"], "error: sft.lr: not an override; allowed: section.key=value"),
         (["run", "r.yaml", "sft=null"], "error: r.yaml: has no section of a stage"),
