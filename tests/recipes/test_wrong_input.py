@@ -121,7 +121,9 @@ def test_somebody_elses_data_package_is_refused(tmp_path: Path) -> None:
     assert errors.startswith(f"error: `import data` finds {tmp_path / 'data.py'}, not ")
 
 
-GOOD_ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}\n'
+GOOD_ROW = (
+    '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}\n'
+)
 
 
 @pytest.mark.parametrize(
