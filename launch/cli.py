@@ -11,10 +11,13 @@ import shutil
 import signal
 import sys
 import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.models import ArgumentInfo
 
 from align import __version__
 from align.errors import AlignError, InputError
@@ -37,12 +40,9 @@ app = typer.Typer(
 recipes = typer.Typer(help="List, show and copy the recipes that come with Align.")
 app.add_typer(recipes, name="recipes", invoke_without_command=True)
 
-RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")
-]
-RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run directory, or the recipe that made it.")
-]
+RECIPE = typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")
+RUN = typer.Argument(metavar="RUN", help="A run directory, or the recipe that made it.")
+RunName = Annotated[str, RUN]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, as in ppo.lr=1e-5."),
@@ -52,6 +52,12 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be sta
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
 
+_STAGES: dict[StageName, str] = {
+    "pretrain": "Make a small base model from plain text.",
+    "sft": "Tune the base on demonstrations.",
+    "reward": "Train the reward model on ranked responses.",
+    "ppo": "Optimise the policy against the reward with PPO.",
+}
 _MODELS = ("base", "sft", "reward", "ppo")
 _PLANNED = ("plan", "data", "compare", "label", "chat", "export")
 
@@ -88,20 +94,10 @@ def _version(
         raise typer.Exit
 
 
-@app.command()
-def run(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Run every stage that is not up to date; then the report."""
-    settings = _settings(force, debug, as_json)
-    experiment = experiments.open_recipe(recipe, overrides or (), settings)
+def _run(experiment: Experiment) -> None:
+    settings = experiment.settings
     stages = experiments.planned(experiment)
-    if dry_run:
+    if settings.dry_run:
         _show_plan(experiment, stages)
         return
     experiments.run_stages(experiment, stages)
@@ -109,69 +105,76 @@ def run(
     ran = any(result["status"] == "done" for result in experiment.results.values())
     if ran or not report.is_file():
         experiments.write_report(experiment)
-    if as_json:
+    if settings.json:
         _print_json(_summary(experiment) | {"report": str(report)})
     if not ran:
         settings.say("everything is up to date; --force redoes it")
     settings.say(f"report: {report}")
 
 
-def _stage_command(stage: StageName, text: str) -> None:
-    @app.command(name=stage, help=text)
+def _run_stage(stage: StageName, experiment: Experiment) -> None:
+    if experiment.settings.dry_run:
+        _show_plan(experiment, experiments.one(experiment, stage))
+        return
+    experiments.run_stages(experiment, experiments.single(experiment, stage))
+    if experiment.settings.json:
+        _print_json(_summary(experiment))
+
+
+def _evaluate(experiment: Experiment) -> None:
+    settings = experiment.settings
+    if experiment.recipe.evaluate is None:
+        again = [*experiment.overrides, "evaluate={}"]
+        experiment = experiments.open_recipe(str(experiment.file), again, settings)
+    if settings.dry_run:
+        _show_plan(experiment, experiments.one(experiment, "evaluate"))
+        return
+    experiments.run_stages(experiment, experiments.single(experiment, "evaluate"))
+    metrics = _by_model(experiment.results["evaluate"]["metrics"])
+    if settings.json:
+        _print_json(metrics)
+    else:
+        _print_table(metrics)
+
+
+def _add_command(
+    name: str,
+    text: str,
+    work: Callable[[Experiment], None],
+    subject: ArgumentInfo = RECIPE,
+    open_subject: Callable[[str, Sequence[str], Settings], Experiment] = experiments.open_recipe,
+) -> None:
+    """Make a command of a function: all that start stages take the same options."""
+
+    @app.command(name=name, help=text)
     def command(
-        recipe: RecipeName,
+        given: Annotated[str, subject],
         overrides: Overrides = None,
         force: Force = False,
         dry_run: DryRun = False,
         as_json: Json = False,
         debug: Debug = False,
     ) -> None:
-        settings = _settings(force, debug, as_json)
-        experiment = experiments.open_recipe(recipe, overrides or (), settings)
-        if dry_run:
-            _show_plan(experiment, experiments.one(experiment, stage))
-            return
-        experiments.run_stages(experiment, experiments.single(experiment, stage))
-        if as_json:
-            _print_json(_summary(experiment))
+        settings = _settings(as_json, debug, force=force, dry_run=dry_run)
+        work(open_subject(given, overrides or (), settings))
 
 
-_stage_command("pretrain", "Make a small base model from plain text.")
-_stage_command("sft", "Tune the base on demonstrations.")
-_stage_command("reward", "Train the reward model on ranked responses.")
-_stage_command("ppo", "Optimise the policy against the reward with PPO.")
-
-
-@app.command(name="eval")
-def evaluate(
-    run: RunName,
-    overrides: Overrides = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Measure every finished model of a run on held-out data."""
-    settings = _settings(force, debug, as_json)
-    experiment = experiments.open_run(run, overrides or (), settings)
-    if experiment.recipe.evaluate is None:
-        again = [*experiment.overrides, "evaluate={}"]
-        experiment = experiments.open_recipe(str(experiment.file), again, settings)
-    if dry_run:
-        _show_plan(experiment, experiments.one(experiment, "evaluate"))
-        return
-    experiments.run_stages(experiment, experiments.single(experiment, "evaluate"))
-    metrics = _by_model(experiment.results["evaluate"]["metrics"])
-    if as_json:
-        _print_json(metrics)
-    else:
-        _print_table(metrics)
+_add_command("run", "Run every stage that is not up to date; then the report.", _run)
+for _stage, _text in _STAGES.items():
+    _add_command(_stage, _text, partial(_run_stage, _stage))
+_add_command(
+    "eval",
+    "Measure every finished model of a run on held-out data.",
+    _evaluate,
+    RUN,
+    experiments.open_run,
+)
 
 
 @app.command()
 def report(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
     """Write a run's report: one self-contained HTML page."""
-    settings = _settings(False, debug, as_json)
+    settings = _settings(as_json, debug)
     path = experiments.write_report(experiments.open_run(run, (), settings))
     if as_json:
         _print_json({"report": str(path)})
@@ -184,7 +187,7 @@ def verify(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
     """Check a run against its hashes; exit 1 if one differs."""
     folder = Path(run)
     if not folder.is_dir():
-        folder = experiments.open_recipe(run, (), _settings(False, debug, as_json)).directory
+        folder = experiments.open_recipe(run, (), _settings(as_json, debug)).directory
     checks = verify_run(folder)
     wrong = any(check.problems for check in checks.values())
     if as_json:
@@ -271,11 +274,13 @@ for _name in _PLANNED:
     _refuse_planned(_name)
 
 
-def _settings(force: bool, debug: bool, as_json: bool) -> Settings:
+def _settings(
+    as_json: bool, debug: bool, *, force: bool = False, dry_run: bool = False
+) -> Settings:
     def say(text: str) -> None:
         print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
 
-    return Settings(force, debug, as_json, say)
+    return Settings(force, dry_run, debug, as_json, say)
 
 
 def _fail(error: AlignError | OSError) -> NoReturn:

@@ -43,6 +43,7 @@ class Settings:
     """How the command was called. ``say`` prints a line for the user."""
 
     force: bool = False
+    dry_run: bool = False
     debug: bool = False
     json: bool = False
     say: Callable[[str], None] = print
