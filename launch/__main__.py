@@ -1,5 +1,15 @@
 """``python -m launch``: the ``align`` command, where its script is not on the path."""
 
-from launch.cli import main
+import signal
 
-main()
+
+def main() -> None:
+    """Run the command; Ctrl-C ends it without a stack trace even while it is being imported."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from launch.cli import main as command_line
+
+    command_line()
+
+
+if __name__ == "__main__":
+    main()

@@ -102,12 +102,11 @@ def _run(experiment: Experiment) -> None:
         return
     experiments.run_stages(experiment, stages)
     report = experiment.directory / experiments.REPORT
-    ran = any(result["status"] == "done" for result in experiment.results.values())
-    if ran or not report.is_file():
+    if experiment.ran or not report.is_file():
         experiments.write_report(experiment)
     if settings.json:
         _print_json(_summary(experiment) | {"report": str(report)})
-    if not ran:
+    if not experiment.ran:
         settings.say("everything is up to date; --force redoes it")
     settings.say(f"report: {report}")
 
@@ -187,7 +186,7 @@ def verify(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
     """Check a run against its hashes; exit 1 if one differs."""
     folder = Path(run)
     if not folder.is_dir():
-        folder = experiments.open_recipe(run, (), _settings(as_json, debug)).directory
+        folder = experiments.open_run(run, (), _settings(as_json, debug)).directory
     checks = verify_run(folder)
     wrong = any(check.problems for check in checks.values())
     if as_json:
@@ -260,6 +259,8 @@ def copy(
         target /= f"{Path(name).name}.yaml"
     if target.exists():
         raise InputError(f"{target}: exists already; name another file")
+    if not target.parent.is_dir():
+        raise InputError(f"{target}: there is no folder {target.parent}; make it, or name another")
     shutil.copyfile(source, target)
     print(target)
 
@@ -287,7 +288,10 @@ def _fail(error: AlignError | OSError) -> NoReturn:
     """Print the error for a user, or for a developer with --debug, and end the process."""
     if "--debug" in sys.argv:
         traceback.print_exception(error)
-    for line in str(error).splitlines():
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    for line in text.splitlines():
         print(f"error: {line}", file=sys.stderr)
     sys.exit(error.exit_code if isinstance(error, AlignError) else 1)
 

@@ -13,12 +13,14 @@ from typing import Any, TextIO
 from align.errors import AlignError, InputError
 from align.manifest import read_manifest
 from align.recipe import Recipe, StageName
-from align.recipe_io import find_recipe, load_recipe
+from align.recipe_io import find_recipe, load_recipe, shipped_recipes
 from align.stages import (
     parent_stages,
     planned_stages,
     read_parents,
     run_directory,
+    source_fingerprint,
+    stage_data,
     stage_directory,
     why_not_done,
 )
@@ -64,6 +66,11 @@ class Experiment:
         """The run directory."""
         return run_directory(self.recipe)
 
+    @property
+    def ran(self) -> bool:
+        """Whether a stage has run; False while all were up to date."""
+        return any(result["status"] == "done" for result in self.results.values())
+
     def command(self, stage: StageName) -> Command:
         """Return the process that makes the stage."""
         return stage_command(
@@ -90,10 +97,14 @@ def open_run(name: str, overrides: Sequence[str], settings: Settings) -> Experim
     """Read the recipe of a run directory, wherever it lies today; else a recipe as above.
 
     Raises:
-        InputError: the directory is no run.
+        InputError: there is no such run, or the directory is none.
         RecipeError: lists everything that is wrong with the recipe.
     """
     folder = Path(name)
+    if not folder.exists() and name not in shipped_recipes():
+        raise InputError(
+            f"{name}: no such run; allowed: a run directory, as runs/NAME, or a recipe"
+        )
     if not folder.is_dir():
         return open_recipe(name, overrides, settings)
     file = folder / "recipe.yaml"
@@ -150,6 +161,7 @@ def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
 
     Raises:
         ChildError: a stage has failed; the later ones were not started.
+        InputError: a file of any of the stages is missing, or the run directory cannot be written.
     """
     settings = experiment.settings
     for stage in stages:
@@ -159,6 +171,8 @@ def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
         if why is None:
             settings.say(f"{stage}: up to date")
         else:
+            if not experiment.ran:
+                _check_data(experiment, stages)
             settings.say(f"{stage}: running ({why})")
             started = time.monotonic()
             _start(experiment.command(stage), sys.stderr if settings.json else None)
@@ -208,9 +222,30 @@ def plan(experiment: Experiment, stages: Sequence[StageName]) -> dict[StageName,
 
 
 def _why(experiment: Experiment, stage: StageName) -> str | None:
-    if experiment.settings.force:
-        return "--force"
-    return why_not_done(experiment.recipe, stage)
+    why = "--force" if experiment.settings.force else why_not_done(experiment.recipe, stage)
+    if why is not None:
+        _check_place(stage_directory(experiment.recipe, stage))
+    return why
+
+
+def _check_place(directory: Path) -> None:
+    """Refuse a folder that could not be written, before hours of work go into it."""
+    nearest = next(path for path in (directory, *directory.parents) if os.path.exists(path))
+    if not nearest.is_dir():
+        problem = f"{nearest} is a file"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        problem = f"no permission to write in {nearest}"
+    else:
+        return
+    raise InputError(f"{directory}: cannot be made: {problem}; change name or run.root")
+
+
+def _check_data(experiment: Experiment, stages: Sequence[StageName]) -> None:
+    """Look for the files of every stage before the first one starts."""
+    for stage in stages:
+        for data in stage_data(experiment.recipe, stage).values():
+            for source in (*data.train, *data.heldout):
+                source_fingerprint(experiment.recipe, source)
 
 
 def _start(command: Command, stdout: int | TextIO | None) -> None:

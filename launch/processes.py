@@ -11,7 +11,7 @@ from launch.command import Command
 
 # A Ctrl-C in a terminal reaches the process without us. It gets this long to react before the
 # signal is sent on, since a second one makes it drop what it was still writing.
-_GRACE_SECONDS = 2.0
+_GRACE_SECONDS = 5.0
 _LAST_SECONDS = 30.0
 
 
@@ -44,7 +44,10 @@ def run(command: Command, stdout: int | TextIO | None = None) -> int:
     Raises:
         Stopped: we were asked to end; the process has ended by then.
     """
-    with subprocess.Popen(command.argv, env=os.environ | command.env, stdout=stdout) as process:
+    # Until the process can end cleanly, which it says by catching SIGINT, it does not hear one.
+    with subprocess.Popen(
+        command.argv, env=os.environ | command.env, stdout=stdout, preexec_fn=_ignore_interrupts
+    ) as process:
         try:
             code = process.wait()
         except Stopped as stopped:
@@ -57,6 +60,10 @@ def run(command: Command, stdout: int | TextIO | None = None) -> int:
         print(f"error: the process was killed by {name}{hint}", file=sys.stderr)
         return 1
     return code
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _end(process: subprocess.Popen[bytes], signum: int) -> None:

@@ -37,7 +37,7 @@ def _verify_stage(directory: Path, stage: StageName) -> StageCheck:
     try:
         manifest = read_manifest(directory, stage)
     except ParentError as error:
-        return StageCheck("differs", problems=[str(error)])
+        return StageCheck("differs", problems=[str(error).removeprefix(f"{directory}/")])
     problems = _files(directory, manifest) + _parents(directory, manifest)
     return StageCheck("differs" if problems else "ok", len(manifest.outputs), problems)
 

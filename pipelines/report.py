@@ -8,6 +8,7 @@ only escaped.
 """
 
 import argparse
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from align.recipe import StageName
 from pipelines import charts, results
 from pipelines.charts import COLORS, MODEL_NAMES, Line
 from pipelines.curves import CURVES, Curve
+from pipelines.process import Stopped, signals_as_exceptions
 from pipelines.results import decimal
 from pipelines.run_facts import Run, StageFacts, read_run
 from pipelines.samples import examples
@@ -244,13 +246,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("--debug", action="store_true", help="show stack traces")
     options = parser.parse_args(arguments)
-    try:
-        print(write_report(options.run))
-    except AlignError as error:
-        if options.debug:
-            raise
-        print(f"report: {error}", file=sys.stderr)
-        return error.exit_code
+    with signals_as_exceptions():
+        try:
+            print(write_report(options.run))
+        except Stopped as stopped:
+            name = signal.Signals(stopped.signum).name
+            print(f"report: stopped by {name}; the same command starts it again", file=sys.stderr)
+            return 128 + stopped.signum
+        except (AlignError, OSError) as error:
+            if options.debug:
+                raise
+            print(f"report: {error}", file=sys.stderr)
+            return error.exit_code if isinstance(error, AlignError) else 1
     return 0
 
 

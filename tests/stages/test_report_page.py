@@ -93,6 +93,10 @@ def test_command_prints_the_path_and_refuses_with_exit_code_2(tmp_path: Path) ->
     refused = command(str(tmp_path / "absent"))
     assert refused.returncode == 2
     assert refused.stderr == f"report: {tmp_path / 'absent'}: no such run directory\n"
+    (run / "report.html").unlink()
+    (run / "report.html").mkdir()
+    failed = command(str(run))
+    assert (failed.returncode, failed.stderr[:17]) == (1, "report: [Errno 21")
 
 
 # The page stands in a frame of the wanted width; the outer page's script measures it.

@@ -16,8 +16,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 STAGE = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import align
 from align import stages
 from align.manifest import BaseFacts, Manifest, ParentFacts, sha256_outputs, write_manifest
@@ -189,6 +190,35 @@ def test_dry_run_starts_and_writes_nothing(place: Path) -> None:
     assert plan["stages"]["ppo"]["argv"][1:] == ["-m", "pipelines.stage", "ppo", "r.yaml"]
 
 
+def test_data_of_a_later_stage_is_looked_for_before_the_first_starts(place: Path) -> None:
+    (place / "r.yaml").write_text(RECIPE.replace("world: prompts", "path: none.jsonl"))
+    output, errors = align(place, "run", "r.yaml", code=2)
+    assert errors.startswith("error: none.jsonl: no such file")
+    assert "running" not in output
+    assert not (place / "runs").exists()
+    align(place, "sft", "r.yaml")
+
+
+@pytest.mark.parametrize("blocked", ["runs", "runs/x", "runs/x/ppo"])
+def test_a_file_in_the_place_of_a_folder(place: Path, blocked: str) -> None:
+    (place / blocked).parent.mkdir(parents=True, exist_ok=True)
+    (place / blocked).write_text("precious")
+    output, errors = align(place, "ppo", "r.yaml", "--dry-run", code=2)
+    assert errors == (
+        f"error: runs/x/ppo: cannot be made: {blocked} is a file; change name or run.root\n"
+    )
+    assert output == ""
+    assert (place / blocked).read_text() == "precious"
+
+
+def test_a_run_directory_without_permission(place: Path) -> None:
+    (place / "runs").mkdir(mode=0o555)
+    if os.access(place / "runs", os.W_OK):
+        pytest.skip("this user, root perhaps, may write everywhere")
+    _, errors = align(place, "run", "r.yaml", code=2)
+    assert errors.startswith("error: runs/x/sft: cannot be made: no permission to write in runs;")
+
+
 def test_a_single_stage_needs_its_parents(place: Path) -> None:
     _, errors = align(place, "ppo", "r.yaml", code=2)
     assert errors.startswith("error: runs/x/sft: no finished sft stage here")
@@ -249,6 +279,27 @@ def test_interrupt_reaches_the_stage_and_ends_with_130(place: Path, group: bool)
     assert process.wait() == 130
 
 
+def test_a_stage_hears_an_interrupt_only_when_it_listens(place: Path) -> None:
+    """Else Ctrl-C while it imports its libraries would show a stack trace."""
+    asks = "import signal, sys; sys.exit(str(signal.getsignal(signal.SIGINT)))"
+    (place / "house" / "pipelines" / "stage.py").write_text(asks)
+    _, errors = align(place, "run", "r.yaml", code=1)
+    assert errors == "1\n"  # SIG_IGN
+
+
+def test_an_interrupt_while_the_command_is_imported_shows_no_stack_trace(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("import os\nos.kill(os.getpid(), 2)\n1 / 0")
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", "--help"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_terminate_reaches_the_stage(place: Path) -> None:
     process = start(place, "run", "r.yaml", HANG="sft")
     assert process.stderr is not None
@@ -299,7 +350,7 @@ def test_verify_notices_a_parent_that_was_redone(place: Path) -> None:
     assert "  ppo/parent sft: ../sft is not what this stage was made from" in output
     (place / "runs" / "x" / "sft" / "stage.json").write_text("{")
     output, _ = align(place, "verify", "runs/x", code=1)
-    assert "not a manifest" in output
+    assert "\n  sft/stage.json: not a manifest" in output
 
 
 def test_verify_refuses_what_is_no_run(place: Path) -> None:
