@@ -56,11 +56,21 @@ def lora_config(
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # annotated int, used as a factor
         lora_dropout=adapter.dropout,
         target_modules=targets,
+        layers_to_transform=_adapted_layers(adapter, model),
         modules_to_save=[HEAD] if task_type == "SEQ_CLS" else None,
         task_type=task_type,
         bias="none",
         fan_in_fan_out=conv,  # GPT-2 stores its matrices transposed
     )
+
+
+def _adapted_layers(adapter: Adapter, model: nn.Module) -> list[int] | None:
+    """Return the numbers of the layers that carry adapters, None for all of them."""
+    if adapter.layers == "all":
+        return None
+    depth = int(model.config.num_hidden_layers)  # type: ignore[arg-type, union-attr]
+    carried = -(-depth // {"top-half": 2, "top-quarter": 4}[adapter.layers])
+    return list(range(depth - carried, depth))
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -113,6 +123,11 @@ def save_adapter(
         shutil.move(source / WEIGHTS, folder / WEIGHTS)
     text = json.dumps(settings, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter, not a whole model."""
+    return (folder / CONFIG).is_file()
 
 
 def stored_base(base: str, folder: Path) -> str:

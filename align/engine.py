@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from align.errors import TrainingError
-from align.recipe import Optimisation
+from align.recipe_types import Optimisation
 
 
 class Engine:
@@ -34,6 +34,7 @@ class Engine:
             [{"params": parameters, "lr": lr} for parameters, lr in groups],
             eps=1e-5,
             weight_decay=section.weight_decay,
+            fused=True,
         )
         scheduler = get_scheduler(
             section.schedule,
@@ -54,21 +55,28 @@ class Engine:
         """Add the loss's gradient."""
         self.accelerator.backward(loss)
 
-    def step(self) -> float:
+    def step(self, trained: Sequence[nn.Parameter]) -> float:
         """Clip, update, clear the gradients; return the gradient's norm before clipping.
 
+        Args:
+            trained: the parameters to update; the others are left as they are.
+
         Raises:
-            TrainingError: the gradient is not finite, or a parameter got none in the first step;
-                nothing has been changed.
+            TrainingError: the gradient is not finite, or one of ``trained`` got none; nothing has
+                been changed.
         """
         self.step_count += 1
-        if self.step_count == 1 and any(p.grad is None for p in self.parameters):
-            lost = sum(p.grad is None for p in self.parameters)
+        lost = sum(p.grad is None for p in trained)
+        if lost:
             raise TrainingError(
-                f"optimiser step 1: {lost} of {len(self.parameters)} trainable tensors got no"
-                " gradient; a frozen or switched-off adapter is the likely cause"
+                f"optimiser step {self.step_count}: {lost} of {len(trained)} trainable tensors got"
+                " no gradient; a frozen or switched-off adapter is the likely cause"
             )
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        chosen = {id(parameter) for parameter in trained}
+        for parameter in self.parameters:
+            if id(parameter) not in chosen:
+                parameter.grad = None
+        norm = float(self.accelerator.clip_grad_norm_(trained, self.max_grad_norm))
         if not math.isfinite(norm):
             raise TrainingError(
                 f"optimiser step {self.step_count}: the gradient's norm is {norm}; the weights"

@@ -9,12 +9,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from align.recipe_ppo import Ppo
 from align.recipe_types import (
-    FiniteFloat,
     Fraction,
     FunctionName,
     NotNegative,
     NotNegativeFloat,
+    Optimisation,
     Positive,
     PositiveFloat,
     RunName,
@@ -65,6 +66,8 @@ class Adapter(Section):
     alpha: PositiveFloat = 32.0
     dropout: Fraction = 0.0
     targets: Literal["all-linear"] | Strings = "all-linear"
+    # Which layers carry adapters. Below the lowest, PPO computes the base once per rollout.
+    layers: Literal["all", "top-half", "top-quarter"] = "all"
 
     @model_validator(mode="after")
     def _check(self) -> "Adapter":
@@ -150,25 +153,6 @@ class Data(Section):
     prompts: StageData | None = None
 
 
-class Optimisation(Section):
-    """What every training stage says about its optimiser."""
-
-    lr: PositiveFloat
-    batch_size: Positive  # rows per optimiser step, over all processes
-    micro_batch_size: Positive | None = None  # rows per forward pass; null: the whole batch
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_ratio: Fraction = 0.03
-    weight_decay: NotNegativeFloat = 0.0
-    max_grad_norm: PositiveFloat = 1.0
-    log_every: Positive = 10
-
-    @model_validator(mode="after")
-    def _micro_batches_divide(self) -> "Optimisation":
-        if self.micro_batch_size is not None:
-            check_divides("micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
-        return self
-
-
 class SmallLlama(Section):
     """Shape of the Llama that the pretrain stage makes (RMSNorm, SwiGLU, RoPE, GQA)."""
 
@@ -228,57 +212,6 @@ class Reward(Optimisation):
     epochs: PositiveFloat = 1.0
     margin: bool = False  # subtract the rows' margin inside the loss (Llama 2, eq. 2)
     center_on: Literal["demonstrations", "none"] = "demonstrations"
-
-
-class Kl(Section):
-    """The penalty that ties the policy to the SFT model; KL in nats per response."""
-
-    coef: NotNegativeFloat = 0.05
-    target: PositiveFloat | None = None  # given: the coefficient adapts to it (Ziegler et al.)
-    horizon: Positive = 10_000  # responses over which the adaptive coefficient doubles
-    stop: PositiveFloat | None = None  # end training when a rollout's mean KL exceeds this
-
-
-class MissingEos(Section):
-    """What becomes of the score of a response that did not end within max_new_tokens."""
-
-    mode: Literal["subtract", "replace"]
-    value: FiniteFloat
-
-
-class Ppo(Optimisation):
-    """PPO against the reward. ``batch_size`` counts responses per rollout."""
-
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    # "model": the reward stage's; else a Python function, "module:function" or "file.py:function".
-    reward: Literal["model"] | FunctionName = "model"
-    steps: Positive  # rollouts
-    minibatch_size: Positive  # responses per optimiser step
-    epochs: Positive = 4
-    value_lr: PositiveFloat | None = None  # null: lr
-    max_new_tokens: Positive
-    temperature: PositiveFloat = 1.0
-    gamma: Fraction = 1.0
-    lam: Fraction = 0.95
-    clip: PositiveFloat = 0.2
-    value_clip: PositiveFloat = 0.2
-    value_coef: NotNegativeFloat = 0.1
-    kl: Kl = Kl()
-    missing_eos: MissingEos | None = None
-    probe_every: Positive = 10  # rollouts between two looks at the held-out probe prompts
-    probe_prompts: Positive = 64
-    layout: Literal["shared", "separate"] = "shared"
-
-    @model_validator(mode="after")
-    def _check(self) -> "Ppo":
-        if self.layout != "shared":
-            refuse_planned("layout", "shared")
-        check_divides("minibatch_size", self.minibatch_size, "batch_size", self.batch_size)
-        if self.micro_batch_size is not None:
-            check_divides(
-                "micro_batch_size", self.micro_batch_size, "minibatch_size", self.minibatch_size
-            )
-        return self
 
 
 class Evaluate(Section):
@@ -388,7 +321,25 @@ class Recipe(Section):
             needed = "needs the demonstrations of data.sft; allowed without them: none"
             problems.append(("reward.center_on", needed))
         has_model = self.reward or self.run.parents.reward
-        if self.ppo and self.ppo.reward == "model" and not has_model:
+        if self.ppo and self.ppo.needs_reward_stage and not has_model:
             needed = "needs a reward section, run.parents.reward, or a function as ppo.reward"
             problems.append(("ppo.reward", needed))
+        return problems + (self._ppo_problems(self.ppo) if self.ppo else [])
+
+    def _ppo_problems(self, ppo: Ppo) -> list[tuple[str, str]]:
+        problems = []
+        if ppo.ptx and getattr(self.data, ppo.ptx.source) is None:
+            problems.append(("ppo.ptx.source", f"needs a section data.{ppo.ptx.source}"))
+        if self.data.prompts and not self.data.prompts.heldout:
+            needed = "is decided by held-out prompts: needs data.prompts.heldout"
+            if ppo.keep == "best":
+                problems.append(("ppo.keep", needed))
+            if ppo.stop.divergence is not None:
+                problems.append(("ppo.stop.divergence", needed))
+        positions = self.pretrain.model.max_positions if self.pretrain else None
+        tokens = self.data.max_prompt_tokens + ppo.max_new_tokens
+        if positions is not None and tokens > positions:
+            budget = f"with data.max_prompt_tokens={self.data.max_prompt_tokens} exceeds the base's"
+            allowed = f"positions; allowed: both together at most {positions}"
+            problems.append(("ppo.max_new_tokens", f"{budget} {positions} {allowed}"))
         return problems

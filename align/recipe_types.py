@@ -1,8 +1,8 @@
 """The kinds of value that a recipe's keys take, and how a section refuses a combination of them."""
 
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -59,3 +59,22 @@ def check_divides(key: str, part: int, whole_key: str, whole: int) -> None:
         divisors = [d for d in range(1, min(whole, 4096) + 1) if whole % d == 0]
         allowed = ", ".join(map(str, divisors[-8:]))  # the largest: the likely choices
         refuse(key, f"does not divide {whole_key}={whole}; allowed: {allowed}")
+
+
+class Optimisation(Section):
+    """What every training stage says about its optimiser."""
+
+    lr: PositiveFloat
+    batch_size: Positive  # rows per optimiser step, over all processes
+    micro_batch_size: Positive | None = None  # rows per forward pass; null: the whole batch
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: Fraction = 0.03
+    weight_decay: NotNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    log_every: Positive = 10
+
+    @model_validator(mode="after")
+    def _micro_batches_divide(self) -> "Optimisation":
+        if self.micro_batch_size is not None:
+            check_divides("micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
+        return self

@@ -1,19 +1,20 @@
-"""Policy, reference, reward model and critic as adapters on one frozen base.
+"""Policy, reference, reward model and critic: adapters on one frozen base, or models of their own.
 
-The base's weights exist once. Each role is a LoRA adapter on it; the reward model and the critic
-add a head. Which role a forward pass computes is decided by ``use(role)``:
+The base's weights exist once. A role is a LoRA adapter on it, or, where all its weights are
+trained, a model of its own; reward models and the critic add a head:
 
-    policy      trainable; starts as a copy of the SFT adapter
-    reference   the SFT adapter, frozen: the model that the KL penalty ties the policy to
-    reward      the reward model's adapter, frozen, with its score head
-    value       trainable; starts as a copy of the reward adapter and its head
+    policy      trainable; starts as a copy of the SFT model
+    reference   the SFT model, frozen: what the KL penalty ties the policy to
+    reward      the reward model, frozen, with its score head; further ones: reward1, ...
+    value       trainable; starts as a copy of the reward model and its head
     base        no adapter at all
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
@@ -23,46 +24,72 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.adapters import WEIGHTS
-from align.errors import ParentError
+from align.attention import NAME, Layout, why_not_packed
+from align.errors import InputError, ParentError
 from align.functional import token_entropy, token_logprobs
-from align.generation import Generated, generate
-from align.sequences import Sequences
+from align.generation import Engine, Generated, generate
+from align.logprobs import head_logprobs
+from align.sequences import Sequences, micro_batches, position_ids
+from align.trunk import Trunk, trunk_depth
 
-Role = Literal["policy", "reference", "reward", "value", "base"]
+Role = str
+
+
+class PolicyOutput(NamedTuple):
+    """What one pass of the policy gives, ``[B, R]`` float32 each; None where not asked for."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    values: Tensor | None  # where the critic is a head on the policy's hidden states
 
 
 class Roles(nn.Module):
-    """One base model, an adapter per role, and the heads of reward and value.
+    """One base model, an adapter or a model per role, and the heads of rewards and critic.
 
     Args:
-        base: a causal language model; it is frozen, and its dropout has to be off.
-        adapters: the adapter folder that each role starts from. The same folder may serve
-            several roles: each gets its own copy.
-        reward_head: maps hidden states ``[..., H]`` to scores ``[...]`` in float32.
-        value_head: the same for values; trained together with the value adapter.
+        base: a causal language model; it is frozen, and its dropout is turned off.
+        adapters: the adapter folder that each role on the base starts from. The same folder may
+            serve several roles: each gets its own copy.
+        models: roles that have a model of their own, all of whose weights may be trained.
+        heads: of ``value`` and of every reward role: maps hidden states ``[..., H]`` to scores
+            ``[...]`` in float32. A value head without a value adapter or model reads the policy's
+            hidden states.
         trainable: the roles that get gradients.
+        engine: ``native``, or ``hf`` for plain transformers: padded batches and whole logits.
+
+    Raises:
+        InputError: the native engine does not know the base's kind of attention.
     """
 
     def __init__(
         self,
         base: PreTrainedModel,
-        adapters: dict[Role, Path],
+        adapters: Mapping[Role, Path],
         *,
-        reward_head: nn.Module | None = None,
-        value_head: nn.Module | None = None,
+        models: Mapping[Role, PreTrainedModel] | None = None,
+        heads: Mapping[Role, nn.Module] | None = None,
         trainable: Sequence[Role] = (),
+        engine: Engine = "native",
     ) -> None:
         super().__init__()
+        self.engine = engine
         self.base = base.eval().requires_grad_(False)
         self.peft = _add_adapters(base, adapters)
-        self.reward_head = reward_head.requires_grad_(False) if reward_head is not None else None
-        self.value_head = value_head
+        self.models = nn.ModuleDict(dict(models or {}))
+        self.heads = nn.ModuleDict(dict(heads or {}))
         self._layers = [m for m in base.modules() if isinstance(m, BaseTunerLayer)]
-        for name, parameter in base.named_parameters():
-            parameter.requires_grad_(any(f".{role}." in name for role in trainable))
-        for module in base.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        self.value_on_policy = (
+            "value" in self.heads and "value" not in adapters and "value" not in self.models
+        )
+        self.requires_grad_(False)
+        for role in trainable:
+            for parameter in self.role_parameters(role):
+                parameter.requires_grad_(True)
+        for model in (base, *self.models.values()):
+            _prepare(model, engine)
+        depth = trunk_depth(base.base_model, lambda m: isinstance(m, BaseTunerLayer))
+        partial = 0 < depth < base.config.num_hidden_layers
+        self.trunk = Trunk(base.base_model, depth) if partial and engine == "native" else None
         self._activate([])
 
     @property
@@ -71,24 +98,35 @@ class Roles(nn.Module):
         device: torch.device = self.base.device
         return device
 
+    def model(self, role: Role) -> PreTrainedModel:
+        """Return the model that a role runs on: its own, or the base."""
+        own: Any = self.models[role] if role in self.models else self.base  # noqa: SIM401
+        return cast(PreTrainedModel, own)
+
     def role_parameters(self, role: Role) -> list[nn.Parameter]:
-        """Return the role's own parameters: its adapter's and, for value, its head's."""
-        own = [p for name, p in self.base.named_parameters() if f".{role}." in name]
-        if role == "value" and self.value_head is not None:
-            own += self.value_head.parameters()
+        """Return the role's own parameters: its adapter's or model's, and its head's."""
+        if role in self.models:
+            own = list(self.models[role].parameters())
+        else:
+            own = [p for name, p in self.base.named_parameters() if f".{role}." in name]
+        if role in self.heads:
+            own += self.heads[role].parameters()
         return own
 
     @contextmanager
-    def use(self, role: Role) -> Iterator[None]:
-        """Make forward passes of the base compute this role, and undo it afterwards.
+    def use(self, role: Role) -> Iterator[PreTrainedModel]:
+        """Give the model of a role, computing that role; undo it afterwards.
 
         PEFT's own ``set_adapter`` also rewrites ``requires_grad`` of every adapter, which would
         freeze one of two trained roles; this only changes which adapters the layers add.
         """
+        if role in self.models:
+            yield self.model(role)
+            return
         previous = list(self._layers[0].active_adapters) if self._layers else []
         self._activate([] if role == "base" else [role])
         try:
-            yield
+            yield self.base
         finally:
             self._activate(previous)
 
@@ -96,66 +134,92 @@ class Roles(nn.Module):
         for layer in self._layers:
             layer._active_adapter = names
 
-    def hidden(self, role: Role, sequences: Sequences) -> Tensor:
-        """Return the last layer's hidden states under a role, ``[B, P + R, H]``."""
-        with self.use(role):
-            output = self.base.base_model(
-                input_ids=sequences.input_ids,
-                attention_mask=sequences.attention_mask,
-                position_ids=sequences.position_ids,
-                use_cache=False,
-                return_dict=True,
-            )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+    def with_trunk(self, sequences: Sequences, max_tokens: int = 4096) -> Sequences:
+        """Return the batch with what the layers below all adapters make of it, if there are any.
 
-    def response_logits(self, role: Role, sequences: Sequences) -> Tensor:
-        """Return the logits that predict the response tokens, ``[B, R, V]``."""
-        length = sequences.response_mask.shape[1]
-        with self.use(role):
-            output = self.base(
-                input_ids=sequences.input_ids,
-                attention_mask=sequences.attention_mask,
-                position_ids=sequences.position_ids,
-                use_cache=False,
-                return_dict=True,
-                logits_to_keep=length + 1,
+        Every later pass of a role on the base then starts from there.
+
+        Args:
+            max_tokens: tokens per forward pass; only memory depends on it.
+        """
+        if self.trunk is None:
+            return sequences
+        states = []
+        for rows in micro_batches(sequences.lengths, tokens=max_tokens):
+            part = sequences.rows(rows)
+            with torch.no_grad(), self.use("base") as model, self.trunk.lower() as gate:
+                _run_packed(model.base_model, part)
+                assert gate.states is not None
+                states.append(gate.states[0])
+        return replace(sequences, trunk=torch.cat(states))
+
+    def hidden(self, role: Role, sequences: Sequences) -> Tensor:
+        """Return the last layer's hidden states under a role, ``[N, H]``, text after text."""
+        with self.use(role) as model:
+            if self.engine == "hf":
+                return _run_padded(model.base_model, sequences)
+            if sequences.trunk is None or model is not self.base:
+                return _run_packed(model.base_model, sequences)
+            assert self.trunk is not None
+            with self.trunk.upper(sequences.trunk[None]):
+                return _run_packed(model.base_model, sequences)
+
+    def policy(
+        self,
+        sequences: Sequences,
+        temperature: float = 1.0,
+        *,
+        role: Role = "policy",
+        with_entropy: bool = False,
+    ) -> PolicyOutput:
+        """Return log-probabilities of the response tokens and what comes with them.
+
+        Args:
+            role: which model; ``values`` only come with the policy, if the critic shares its pass.
+            with_entropy: also the entropy of each choice, with its gradient.
+        """
+        hidden = self.hidden(role, sequences)[sequences.before_response]
+        head = self.model(role).get_output_embeddings()
+        tokens, entropy = sequences.response_tokens, None
+        if self.engine == "hf":
+            logits = head(hidden)
+            logprobs = token_logprobs(logits, tokens, temperature)
+            if with_entropy:
+                entropy = token_entropy(logits, temperature)
+        else:
+            logprobs, entropy = head_logprobs(
+                hidden, head, tokens, temperature=temperature, with_entropy=with_entropy
             )
-        # The last position predicts what would follow the response.
-        logits: Tensor = output.logits[:, :-1]
-        return logits
+        values = None
+        if role == "policy" and self.value_on_policy:
+            values = sequences.per_response(self.heads["value"](hidden))
+        return PolicyOutput(
+            sequences.per_response(logprobs),
+            sequences.per_response(entropy) if entropy is not None else None,
+            values,
+        )
 
     def logprobs(self, role: Role, sequences: Sequences, temperature: float = 1.0) -> Tensor:
-        """Return the log-probabilities of the response tokens, ``[B, R]`` float32.
-
-        Outside ``response_mask`` the values mean nothing.
-        """
-        logits = self.response_logits(role, sequences)
-        return token_logprobs(logits, sequences.response_ids, temperature)
-
-    def logprobs_and_entropy(
-        self, role: Role, sequences: Sequences, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities and, without gradient, entropies, both ``[B, R]`` float32."""
-        logits = self.response_logits(role, sequences)
-        logprobs = token_logprobs(logits, sequences.response_ids, temperature)
-        return logprobs, token_entropy(logits.detach(), temperature)
+        """Return the log-probabilities of the response tokens, ``[B, R]`` float32."""
+        return self.policy(sequences, temperature, role=role).logprobs
 
     def values(self, sequences: Sequences) -> Tensor:
         """Return the critic's value of the state before each response token, ``[B, R]`` float32."""
-        assert self.value_head is not None
-        hidden = self.hidden("value", sequences)
-        # The state before response token t ends at column P + t - 1.
-        values: Tensor = self.value_head(hidden[:, sequences.prompt_width - 1 : -1])
+        hidden = self.hidden(self._critic, sequences)[sequences.before_response]
+        return sequences.per_response(self.heads["value"](hidden))
+
+    def last_values(self, sequences: Sequences) -> Tensor:
+        """Return the critic's value of the state after each response's last token, ``[B]``."""
+        values: Tensor = self.heads["value"](self.hidden(self._critic, sequences)[sequences.at_end])
         return values
 
-    def scores(self, sequences: Sequences) -> Tensor:
-        """Return the reward model's score of each response at its last token, ``[B]`` float32."""
-        assert self.reward_head is not None
-        hidden = self.hidden("reward", sequences)
-        last = sequences.prompt_width + sequences.response_mask.sum(1) - 1
-        rows = torch.arange(len(sequences), device=hidden.device)
-        scores: Tensor = self.reward_head(hidden[rows, last])
+    @property
+    def _critic(self) -> Role:
+        return "policy" if self.value_on_policy else "value"
+
+    def scores(self, sequences: Sequences, role: Role = "reward") -> Tensor:
+        """Return a reward model's score of each response at its last token, ``[B]`` float32."""
+        scores: Tensor = self.heads[role](self.hidden(role, sequences)[sequences.at_end])
         return scores
 
     def generate(
@@ -171,9 +235,9 @@ class Roles(nn.Module):
         batch_size: int | None = None,
     ) -> Generated:
         """Sample responses under a role; see ``align.generation.generate``."""
-        with self.use(role):
+        with self.use(role) as model:
             return generate(
-                self.base,
+                model,
                 prompt_ids,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
@@ -181,10 +245,48 @@ class Roles(nn.Module):
                 pad_id=pad_id,
                 seed=seed,
                 batch_size=batch_size,
+                engine=self.engine,
             )
 
 
-def _add_adapters(base: PreTrainedModel, adapters: dict[Role, Path]) -> PeftModel | None:
+def _prepare(model: Any, engine: Engine) -> None:
+    """Choose the model's attention, and turn its dropout off."""
+    if engine == "native":
+        reason = why_not_packed(model.config)
+        if reason is not None:
+            raise InputError(
+                f"ppo.rollout.engine=native does not know this base: {reason}; allowed for it: hf"
+            )
+    model.set_attn_implementation(NAME if engine == "native" else "sdpa")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def _run_packed(backbone: nn.Module, sequences: Sequences) -> Tensor:
+    states: Tensor = backbone(
+        input_ids=sequences.input_ids[None],
+        position_ids=sequences.position_ids[None],
+        use_cache=False,
+        return_dict=True,
+        layout=Layout(lengths=sequences.lengths),
+    ).last_hidden_state
+    return states[0]
+
+
+def _run_padded(backbone: nn.Module, sequences: Sequences) -> Tensor:
+    input_ids, mask = sequences.padded()
+    states: Tensor = backbone(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=position_ids(mask),
+        use_cache=False,
+        return_dict=True,
+    ).last_hidden_state
+    return states[mask]
+
+
+def _add_adapters(base: PreTrainedModel, adapters: Mapping[Role, Path]) -> PeftModel | None:
     """Put one adapter per role on the base, each with its folder's weights."""
     model: PeftModel | None = None
     for role, folder in adapters.items():
@@ -210,3 +312,10 @@ def _add_adapters(base: PreTrainedModel, adapters: dict[Role, Path]) -> PeftMode
                 f" {result.unexpected_keys[:1]}"
             )
     return model
+
+
+def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Return the model with a folder's adapter added to its own weights; ``model`` is used up."""
+    peft = _add_adapters(model, {"merged": folder})
+    assert peft is not None
+    return cast(PreTrainedModel, peft.merge_and_unload())

@@ -1,52 +1,101 @@
-"""Prompts and responses joined into one batch: the only place where PPO pads."""
+"""Prompts and responses as one batch: packed without padding, or padded for plain transformers."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+# (start, prompt length, end) of a text in the row -> the first position wanted, and the one after
+# the last.
+Span = Callable[[int, int, int], tuple[int, int]]
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class Sequences:
-    """A batch of prompts, padded on the left, followed by responses, padded on the right.
+    """A batch of ``B`` prompts, each directly followed by its response, in one row of tokens.
 
-    All prompts end at column ``P``, so that the response starts in the same column in every row.
-    Masks come from lengths, never from token ids: a pad-valued token inside a text stays real.
+    Masks and indices come from lengths, never from token ids: a pad-valued token inside a text
+    stays real.
     """
 
-    input_ids: Tensor  # [B, P + R] long
-    attention_mask: Tensor  # [B, P + R] bool, True for real tokens
-    response_mask: Tensor  # [B, R] bool, True for real response tokens, stop token included
+    input_ids: Tensor  # [N] long, text after text
+    prompt_lengths: tuple[int, ...]  # tokens of each prompt, at least 1
+    lengths: tuple[int, ...]  # tokens of each prompt and response together; they sum to N
+    # [N, H], what the layers below the lowest adapter make of the tokens, if that is known already.
+    trunk: Tensor | None = None
 
-    @property
-    def prompt_width(self) -> int:
-        """``P``, the padded length of the prompts."""
-        return self.input_ids.shape[1] - self.response_mask.shape[1]
-
-    @property
-    def response_ids(self) -> Tensor:
-        """The response part of ``input_ids``, ``[B, R]``."""
-        return self.input_ids[:, self.prompt_width :]
-
-    @property
+    @cached_property
     def position_ids(self) -> Tensor:
-        """Position of each token counted from the row's first real token, ``[B, P + R]``."""
-        return position_ids(self.attention_mask)
+        """Position of each token in its own text, ``[N]`` long."""
+        return self._index(lambda start, prompt, end: (0, end - start))
+
+    @cached_property
+    def before_response(self) -> Tensor:
+        """Where the states before each response token stand in the row, text after text, long."""
+        return self._index(lambda start, prompt, end: (start + prompt - 1, end - 1))
+
+    @cached_property
+    def at_end(self) -> Tensor:
+        """Where each text's last token stands in the row, ``[B]`` long."""
+        return self._index(lambda start, prompt, end: (end - 1, end))
+
+    def _index(self, span: Span) -> Tensor:
+        start, spans = 0, []
+        for prompt, length in zip(self.prompt_lengths, self.lengths, strict=True):
+            spans.append(torch.arange(*span(start, prompt, start + length)))
+            start += length
+        return torch.cat(spans).to(self.input_ids.device)
+
+    @cached_property
+    def response_mask(self) -> Tensor:
+        """Which response tokens are real, ``[B, R]`` bool; the stop token is one."""
+        lengths = [n - p for n, p in zip(self.lengths, self.prompt_lengths, strict=True)]
+        return _below(lengths, max(1, *lengths), self.input_ids.device)
+
+    @cached_property
+    def response_tokens(self) -> Tensor:
+        """The response tokens alone, text after text: those that ``before_response`` predicts."""
+        return self.input_ids[self.before_response + 1]
+
+    def per_response(self, values: Tensor) -> Tensor:
+        """Arrange one value per response token as ``[B, R]``, 0 outside the mask."""
+        filled = values.new_zeros(self.response_mask.shape)
+        return filled.masked_scatter(self.response_mask, values)
+
+    def padded(self, pad_id: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the texts padded on the right, ``[B, T]`` long, and which tokens are real."""
+        mask = _below(self.lengths, max(self.lengths), self.input_ids.device)
+        ids = torch.full(mask.shape, pad_id, device=self.input_ids.device)
+        return ids.masked_scatter(mask, self.input_ids), mask
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.lengths)
 
-    def rows(self, index: Tensor | slice) -> "Sequences":
-        """Return some of the rows, at the same padded width."""
+    def rows(self, index: Sequence[int]) -> "Sequences":
+        """Return some of the texts, in the order of ``index``."""
+
+        def choose(packed: Tensor) -> Tensor:
+            texts = packed.split(self.lengths)
+            return torch.cat([texts[i] for i in index])
+
         return Sequences(
-            self.input_ids[index], self.attention_mask[index], self.response_mask[index]
+            choose(self.input_ids),
+            tuple(self.prompt_lengths[i] for i in index),
+            tuple(self.lengths[i] for i in index),
+            choose(self.trunk) if self.trunk is not None else None,
         )
 
     def to(self, device: torch.device) -> "Sequences":
         """Return the batch on another device."""
-        return Sequences(
-            self.input_ids.to(device), self.attention_mask.to(device), self.response_mask.to(device)
-        )
+        trunk = self.trunk.to(device) if self.trunk is not None else None
+        return Sequences(self.input_ids.to(device), self.prompt_lengths, self.lengths, trunk)
+
+
+def _below(lengths: Sequence[int], width: int, device: torch.device) -> Tensor:
+    columns = torch.arange(width, device=device)
+    return columns < torch.tensor(lengths, device=device)[:, None]
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -56,23 +105,35 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def join(prompts: list[list[int]], responses: list[list[int]], pad_id: int) -> Sequences:
+def join(prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Sequences:
     """Join token ids into a batch.
 
     Args:
-        prompts: one list of ids per row, not empty.
-        responses: one list of ids per row, the stop token included where there is one.
-        pad_id: what fills the rest; its value has no effect on any result.
+        prompts: one list of ids per text, not empty.
+        responses: one list of ids per text, the stop token included where there is one.
     """
-    if len(prompts) != len(responses):
-        raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")
-    width = max(map(len, prompts))
-    length = max(1, *map(len, responses)) if responses else 1
-    shape = (len(prompts), width + length)
-    input_ids = torch.full(shape, pad_id, dtype=torch.long)
-    attention_mask = torch.zeros(shape, dtype=torch.bool)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        start, end = width - len(prompt), width + len(response)
-        input_ids[row, start:end] = torch.tensor(prompt + response, dtype=torch.long)
-        attention_mask[row, start:end] = True
-    return Sequences(input_ids, attention_mask, attention_mask[:, width:])
+    texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    ids = torch.tensor([token for text in texts for token in text], dtype=torch.long)
+    return Sequences(ids, tuple(map(len, prompts)), tuple(map(len, texts)))
+
+
+def micro_batches(
+    lengths: Sequence[int], *, rows: int | None = None, tokens: int | None = None
+) -> list[list[int]]:
+    """Cut a batch into consecutive groups of at most so many rows, or so many tokens.
+
+    A row longer than ``tokens`` makes a group of its own.
+
+    Returns:
+        Indices into ``lengths``, in order.
+    """
+    groups: list[list[int]] = []
+    used = 0
+    for index, length in enumerate(lengths):
+        full = not groups or (rows is not None and len(groups[-1]) == rows)
+        if full or (tokens is not None and used + length > tokens):
+            groups.append([])
+            used = 0
+        groups[-1].append(index)
+        used += length
+    return groups

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import align
-from align.errors import DataError
+from align.errors import DataError, ParentError
 from align.manifest import (
     Manifest,
     check_same_origin,
@@ -17,6 +17,7 @@ from align.manifest import (
     sha256_file,
 )
 from align.recipe import Recipe, Source, StageData, StageName
+from align.recipe_ppo import Ppo, RewardSource
 
 STAGES: tuple[StageName, ...] = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
@@ -63,9 +64,69 @@ def parent_stages(recipe: Recipe, stage: StageName) -> tuple[StageName, ...]:
         wanted += ("pretrain",)
     if stage in ("reward", "ppo"):
         wanted += ("sft",)
-    if stage == "ppo" and recipe.ppo is not None and recipe.ppo.reward == "model":
+    if any("reward" in source.models for source in reward_sources(recipe.ppo, stage).values()):
         wanted += ("reward",)
     return wanted
+
+
+def heldout_source(section: Ppo) -> RewardSource | None:
+    """Return ``ppo.heldout_reward`` as a source: what looks like a function is one."""
+    name = section.heldout_reward
+    if name is None:
+        return None
+    is_function = ":" in name and name.rpartition(":")[2].isidentifier()
+    return RewardSource(function=name) if is_function else RewardSource(model=name)
+
+
+def reward_sources(section: Ppo | None, stage: StageName) -> dict[str, RewardSource]:
+    """Return what a stage scores responses with, by its key in the recipe.
+
+    PPO also looks at the held-out reward; the evaluation scores with what PPO maximises.
+    """
+    if section is None or stage not in ("ppo", "evaluate"):
+        return {}
+    sources = {f"ppo.reward.{i}": source for i, source in enumerate(section.reward_sources)}
+    heldout = heldout_source(section)
+    if stage == "ppo" and heldout is not None:
+        sources["ppo.heldout_reward"] = heldout
+    return sources
+
+
+def read_reward_models(recipe: Recipe, stage: StageName) -> dict[str, Manifest]:
+    """Read the manifests of the reward models that the recipe names by their stage's folder.
+
+    Returns:
+        The manifest by the folder, as the recipe spells it.
+
+    Raises:
+        ParentError: one is no finished reward stage; the message names its key and folder.
+    """
+    manifests: dict[str, Manifest] = {}
+    for key, source in reward_sources(recipe.ppo, stage).items():
+        for name in source.models:
+            if name != "reward" and name not in manifests:
+                manifests[name] = _read_reward_model(key, Path(name))
+    return manifests
+
+
+def _read_reward_model(key: str, folder: Path) -> Manifest:
+    try:
+        manifest = read_manifest(folder, "reward")
+    except ParentError as error:
+        near = (folder / "reward", folder.parent, folder.parent / "reward")
+        found = [path for path in near if _is_reward_stage(path)]
+        allowed = "`reward`, this recipe's own, or a folder that holds a reward stage's stage.json"
+        hint = f"did you mean {found[0]}?" if found else f"allowed: {allowed}"
+        raise ParentError(f"{key}: {error}; {hint}") from None
+    missing = [name for name in manifest.outputs if not (folder / name).is_file()]
+    if missing:
+        raise ParentError(f"{key}: {folder}: its output {missing[0]} is missing; run it again")
+    return manifest
+
+
+def _is_reward_stage(folder: Path) -> bool:
+    manifest = find_manifest(folder)
+    return manifest is not None and manifest.stage == "reward"
 
 
 def stage_data(recipe: Recipe, stage: StageName) -> dict[str, StageData]:
@@ -77,6 +138,8 @@ def stage_data(recipe: Recipe, stage: StageName) -> dict[str, StageData]:
         "ppo": ("prompts",),
         "evaluate": ("prompts", "reward", "sft"),
     }[stage]
+    if stage == "ppo" and recipe.ppo is not None and recipe.ppo.ptx is not None:
+        names += (recipe.ppo.ptx.source,)
     sections = {name: getattr(recipe.data, name) for name in names}
     return {name: data for name, data in sections.items() if data is not None}
 
@@ -126,7 +189,11 @@ def recipe_sha256(recipe: Recipe, stage: StageName) -> str:
 
 
 def inputs_sha256(recipe: Recipe, stage: StageName, parents: dict[StageName, Manifest]) -> str:
-    """Hash everything that decides the stage's result: recipe part, data, parents, code version."""
+    """Hash everything that decides the stage's result: recipe part, data, parents, code version.
+
+    Raises:
+        ParentError: a reward model outside this recipe cannot be read.
+    """
     return _digest(
         {
             "recipe": recipe_sha256(recipe, stage),
@@ -135,7 +202,8 @@ def inputs_sha256(recipe: Recipe, stage: StageName, parents: dict[StageName, Man
                 for data in stage_data(recipe, stage).values()
                 for source in (*data.train, *data.heldout)
             ],
-            "files": [sha256_file(path) for path in _files(recipe, stage) if path.is_file()],
+            "files": [sha256_file(path) for path in _files(recipe, stage) if path.is_file()]
+            + [model.outputs_sha256() for model in read_reward_models(recipe, stage).values()],
             "parents": {name: manifest.outputs_sha256() for name, manifest in parents.items()},
             "code": align.__version__,
         }
@@ -145,9 +213,7 @@ def inputs_sha256(recipe: Recipe, stage: StageName, parents: dict[StageName, Man
 def _files(recipe: Recipe, stage: StageName) -> list[Path]:
     """Return the files besides the data that decide the stage's result."""
     names = [recipe.tokenizer.chat_template]
-    functions: list[str | None] = []
-    if stage == "ppo" and recipe.ppo is not None:
-        functions.append(recipe.ppo.reward)
+    functions = [source.function for source in reward_sources(recipe.ppo, stage).values()]
     if stage in ("ppo", "evaluate") and recipe.evaluate is not None:
         functions += [recipe.evaluate.gold, recipe.evaluate.category]
     names += [name.rpartition(":")[0] for name in functions if name]
@@ -156,6 +222,9 @@ def _files(recipe: Recipe, stage: StageName) -> list[Path]:
 
 def read_parents(recipe: Recipe, stage: StageName) -> dict[StageName, Manifest]:
     """Read the parents' manifests and check that they fit together.
+
+    Reward models outside this recipe are checked too, but they need not fit: what was made on
+    another base or with another tokenizer scores the text instead of the tokens.
 
     Raises:
         ParentError: a parent is missing, unfinished, of another kind, or two of them differ in
@@ -166,6 +235,7 @@ def read_parents(recipe: Recipe, stage: StageName) -> dict[StageName, Manifest]:
         for name in parent_stages(recipe, stage)
     }
     check_same_origin({str(stage_directory(recipe, n)): m for n, m in parents.items()})
+    read_reward_models(recipe, stage)
     return parents
 
 
@@ -184,6 +254,10 @@ def why_not_done(recipe: Recipe, stage: StageName) -> str | None:
         if parent is None:
             return f"its parent stage {name} has to run first"
         parents[name] = parent
+    try:
+        read_reward_models(recipe, stage)
+    except ParentError as error:
+        return str(error)
     if manifest.inputs_sha256 == inputs_sha256(recipe, stage, parents):
         return None
     return _what_changed(recipe, stage, manifest, parents)

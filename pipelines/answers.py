@@ -8,14 +8,11 @@ import torch
 from align.functions import Chat
 from align.recipe import Evaluate
 from align.roles import Role
-from align.sequences import join
+from align.sequences import join, micro_batches
 from data.records import Prompt
 from pipelines.load_roles import LoadedRoles
-from pipelines.rollout import Scorer, as_chat, micro_batches
-from pipelines.win_rate import bootstrap, repeated_share
-
-# An answer is called repetitive when more than this share of its 4-grams stood in it before.
-REPETITIVE = 0.25
+from pipelines.rollout import Scorer, as_chat
+from pipelines.win_rate import bootstrap, repetitive_rate
 
 GoldJudge = Callable[[list[Chat], list[str]], list[float]]
 
@@ -66,14 +63,15 @@ def answer(
     texts = [loaded.renderer.decode(ids) for ids in generated.responses]
     log_ratios: list[float] = []
     scores: list[float] = []
-    for rows in micro_batches(len(prompts), section.batch_size):
-        part = join(prompt_ids[rows], generated.responses[rows], loaded.pad_id).to(roles.device)
+    sequences = join(prompt_ids, generated.responses).to(roles.device)
+    for rows in micro_batches(sequences.lengths, rows=section.batch_size):
+        part = sequences.rows(rows)
         if section.temperature > 0:
             ours = roles.logprobs(role, part, section.temperature)
             theirs = roles.logprobs("reference", part, section.temperature)
             log_ratios += ((ours - theirs) * part.response_mask).sum(1).tolist()
         if scorer is not None:
-            scores += scorer(chats[rows], texts[rows], part).tolist()
+            scores += scorer([chats[i] for i in rows], [texts[i] for i in rows], part).tolist()
     return Answers(
         ids=generated.responses,
         texts=texts,
@@ -98,7 +96,7 @@ def answer_metrics(
         "length/mean": sum(map(len, answers.ids)) / count,
         "eos_rate": sum(answers.ended) / count,
         "empty_rate": sum(not text for text in answers.texts) / count,
-        "repetitive_rate": sum(repeated_share(ids) > REPETITIVE for ids in answers.ids) / count,
+        "repetitive_rate": repetitive_rate(answers.ids),
     }
     if answers.log_ratios is not None:
         metrics["kl/mean"] = sum(answers.log_ratios) / count

@@ -15,7 +15,7 @@ from torch import Tensor
 from align.errors import DataError, ParentError, RecipeError
 from align.functions import call_score_function, load_function
 from align.recipe import Evaluate
-from align.roles import Role, Roles
+from align.roles import Role
 from align.seeds import derive_seed
 from align.sequences import join
 from data.records import Demonstration, Prompt, Ranking, as_prompt
@@ -26,10 +26,10 @@ from pipelines.answers import (
     answer,
     answer_metrics,
 )
-from pipelines.heldout import heldout_loss, perplexity
+from pipelines.heldout import perplexity, role_loss
 from pipelines.load_roles import LoadedRoles, load_roles
-from pipelines.rollout import Scorer, as_chat, micro_batches
-from pipelines.scoring import ppo_scorer
+from pipelines.rollout import Scorer, as_chat
+from pipelines.scoring import RewardScorer, ppo_scorer, reward_roles
 from pipelines.stage import StageJob, StageResult
 from pipelines.win_rate import bootstrap, wins
 from reward.ranking import pair_outcomes, share_with_interval
@@ -49,7 +49,7 @@ def run(job: StageJob) -> StageResult:
     loaded = load_roles(job, _adapters(job), max_new_tokens=section.max_new_tokens)
     prompts, lost_prompts = _usable(prompts, loaded.renderer)
     categories = _categories(section, prompts)
-    scorer = _scorer(job, loaded.roles)
+    scorer = _scorer(job, loaded)
     demonstrations, lost_demonstrations = _demonstrations(job, loaded.renderer, section)
     rankings, lost_rankings = _rankings(job, loaded.renderer, section)
     models: dict[str, Role] = {"base": "base", "sft": "reference"}
@@ -64,11 +64,10 @@ def run(job: StageJob) -> StageResult:
         job.log.note(f"evaluate  {name} answers {len(prompts)} held-out prompts")
         answers[name] = answer(loaded, role, prompts, section, seed=seed, scorer=scorer, gold=gold)
         measured = answer_metrics(answers[name], categories, resamples=section.bootstrap, seed=seed)
+        if isinstance(scorer, RewardScorer):
+            measured |= scorer.take_metrics()
         if demonstrations:
-            with loaded.roles.use(role):
-                loss = heldout_loss(
-                    loaded.roles.base, demonstrations, loaded.pad_id, section.batch_size
-                )
+            loss = role_loss(loaded.roles, role, demonstrations, section.batch_size)
             measured["perplexity"] = perplexity(loss)
         metrics |= {f"{name}/{key}": value for key, value in measured.items()}
         job.log.advance(number)
@@ -110,15 +109,17 @@ def _adapters(job: StageJob) -> dict[Role, Path]:
         adapters["policy"] = job.parent_folder("ppo") / "policy"
     if "reward" in job.parents:
         adapters["reward"] = job.parent_folder("reward") / "model"
+    if job.recipe.ppo is not None:
+        adapters |= reward_roles(job, job.recipe.ppo)
     return adapters
 
 
-def _scorer(job: StageJob, roles: Roles) -> Scorer | None:
+def _scorer(job: StageJob, loaded: LoadedRoles) -> Scorer | None:
     """Return what PPO maximises; without a ppo section the reward model, if there is one."""
     if job.recipe.ppo is not None:
-        return ppo_scorer(job.recipe.ppo, roles)
+        return ppo_scorer(job, job.recipe.ppo, loaded)
     if "reward" in job.parents:
-        return lambda prompts, responses, sequences: roles.scores(sequences)
+        return lambda prompts, responses, sequences: loaded.roles.scores(sequences)
     return None
 
 
@@ -238,10 +239,10 @@ def _score(loaded: LoadedRoles, rankings: Sequence[RenderedRanking], batch_size:
     """Return the reward model's scores of all responses, flat, ``[N]``."""
     rows = [(loaded.renderer.prompt(row.messages), a) for row, ids in rankings for a in ids]
     scores = []
-    for part in micro_batches(len(rows), batch_size):
-        prompts, responses = zip(*rows[part], strict=True)
-        sequences = join(list(prompts), list(responses), loaded.pad_id)
-        scores.append(loaded.roles.scores(sequences.to(loaded.roles.device)).cpu())
+    for start in range(0, len(rows), batch_size):
+        prompts, responses = zip(*rows[start : start + batch_size], strict=True)
+        sequences = join(prompts, responses).to(loaded.roles.device)
+        scores.append(loaded.roles.scores(sequences).cpu())
     return torch.cat(scores)
 
 

@@ -1,11 +1,15 @@
 """The roles of PPO, loaded from the stages that made them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from align.adapters import is_adapter
+from align.attention import why_not_packed
+from align.generation import Engine
 from align.manifest import BaseFacts
 from align.models import (
     base_facts,
@@ -14,7 +18,7 @@ from align.models import (
     compute_device,
     load_causal_lm,
 )
-from align.roles import Role, Roles
+from align.roles import Role, Roles, merged
 from data.render import Renderer
 from data.tokenizer import end_ids
 from pipelines.stage import StageJob
@@ -35,18 +39,25 @@ class LoadedRoles:
 
 def load_roles(
     job: StageJob,
-    adapters: dict[Role, Path],
+    folders: Mapping[Role, Path],
     *,
     max_new_tokens: int,
+    own_models: Sequence[Role] = (),
+    value_on_policy: bool = False,
     trainable: Sequence[Role] = (),
+    engine: Engine | None = None,
 ) -> LoadedRoles:
     """Load the base once and put the roles' adapters and heads on it.
 
     Args:
-        adapters: the adapter folder each role starts from. If ``reward`` is among them, ``value``
-            gets a copy of its score head; without a reward model the critic starts at 0.
+        folders: what each role starts from: an adapter of the base, or a whole model. Reward roles
+            bring their score head;
+            ``value`` gets a copy of the reward's, or one that starts at 0 without a reward model.
         max_new_tokens: how long responses will be; the base needs positions for them.
+        own_models: roles whose adapter is merged into a copy of the base, to train all weights.
+        value_on_policy: the critic is a head on the policy's hidden states, which starts at 0.
         trainable: the roles that will be trained.
+        engine: see ``align.roles.Roles``; None takes the native one where the base allows it.
 
     Raises:
         InputError: prompts and responses are longer than the base allows.
@@ -63,16 +74,36 @@ def load_roles(
         limits.max_prompt_tokens + max_new_tokens,
         f"data.max_prompt_tokens + {job.stage}.max_new_tokens",
     )
-    reward_head = load_score_head(adapters["reward"]) if "reward" in adapters else None
-    value_head = None
-    if "value" in adapters:
-        value_head = ScoreHead(base.config.hidden_size)  # its weight is 0
-        if reward_head is not None:
-            value_head.load_state_dict(reward_head.state_dict())
+    heads: dict[Role, ScoreHead] = {
+        role: load_score_head(folder)
+        for role, folder in folders.items()
+        if role.startswith("reward")
+    }
+    if "value" in folders or value_on_policy:
+        heads["value"] = ScoreHead(base.config.hidden_size)  # its weight is 0
+        if "reward" in heads and not value_on_policy:
+            heads["value"].load_state_dict(heads["reward"].state_dict())
+    own = [r for r, folder in folders.items() if r in own_models or not is_adapter(folder)]
     roles = Roles(
-        base, adapters, reward_head=reward_head, value_head=value_head, trainable=trainable
+        base,
+        {role: folder for role, folder in folders.items() if role not in own},
+        models={role: _own_model(job, location, role, folders[role]) for role in own},
+        heads=heads,
+        trainable=trainable,
+        engine=engine or ("hf" if why_not_packed(base.config) else "native"),
     ).to(compute_device())
     renderer = Renderer(tokenizer, limits.max_prompt_tokens, limits.max_response_tokens)
     return LoadedRoles(
         roles, facts, tokenizer, renderer, end_ids(tokenizer), tokenizer.pad_token_id
     )
+
+
+def _own_model(job: StageJob, location: str, role: Role, folder: Path) -> PreTrainedModel:
+    """Return a model of its own in float32: a checkpoint, or the base with an adapter merged in."""
+    if is_adapter(folder):
+        model = merged(load_causal_lm(job.recipe, location), folder)
+    else:
+        model = load_causal_lm(job.recipe, str(folder))
+    # A critic does not use the output embeddings.
+    own: Any = model.base_model if role == "value" else model
+    return cast(PreTrainedModel, own.float())

@@ -7,72 +7,60 @@ advantages, clipped policy and value losses over several epochs.
 
 import resource
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
 import torch
-from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from align.adapters import WEIGHTS, save_adapter
+from align.adapters import save_adapter
 from align.engine import Engine
 from align.errors import TrainingError
-from align.functional import (
-    explained_variance,
-    gae,
-    masked_whiten,
-    next_kl_coef,
-    penalise_missing_eos,
-    ppo_policy_loss,
-    ppo_value_loss,
-    token_rewards,
-)
+from align.functional import next_kl_coef
 from align.models import base_location
-from align.recipe import Ppo
+from align.recipe_ppo import Ppo
 from align.roles import Role, Roles
 from align.seeds import derive_seed
 from data.order import draw
 from data.records import Prompt
 from data.render import render_all
 from pipelines.load_roles import LoadedRoles, load_roles
+from pipelines.policy_copies import KeptPolicy
 from pipelines.probe import Probe
-from pipelines.rollout import Rollout, collect, micro_batches
-from pipelines.scoring import ppo_scorer
+from pipelines.ptx import Ptx
+from pipelines.rollout import Rollout, collect
+from pipelines.scoring import ppo_scorer, reward_roles
+from pipelines.shaping import ScoreScaler, estimate
 from pipelines.stage import StageJob, StageResult
+from pipelines.stopping import Stopping
+from pipelines.update import Updater
 
 # |ratio - 1| allowed before the first update, and |KL| per token at step 0, by base dtype. In
 # float32 both are 0 on a CPU; what is left covers kernels that differ with and without gradient.
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.05}
 
 
-@dataclass(frozen=True, slots=True)
-class Estimates:
-    """What a rollout is worth, per token: ``[B, R]`` each."""
-
-    advantages: Tensor  # whitened over the rollout
-    returns: Tensor
-
-
 def run(job: StageJob) -> StageResult:
     """Train policy and critic; see the module's docstring."""
     recipe, section = job.recipe, job.recipe.ppo
     assert section is not None
-    loaded = load_roles(
-        job,
-        _starting_adapters(job, section),
-        max_new_tokens=section.max_new_tokens,
-        trainable=("policy", "value"),
-    )
-    score = ppo_scorer(section, loaded.roles)
+    tolerance = _TOLERANCE[recipe.base.dtype]
+    loaded = _load(job, section)
+    roles = loaded.roles
+    score = ppo_scorer(job, section, loaded)
     prompts, dropped = _usable(job, loaded)
-    probe = Probe(job, loaded, score)
-    engine = _engine(loaded.roles, section)
-    kl_coef = section.kl.coef
+    ptx = Ptx(job, loaded, section.ptx) if section.ptx is not None else None
+    engine = _engine(roles, section)
+    updater = Updater(roles, engine, section, ptx=ptx, tolerance=tolerance)
+    scaler, stopping = ScoreScaler(section.reward_scaling), Stopping(section)
+    kept = KeptPolicy(section, roles, Probe(job, loaded, score))
+    frozen = _checksum(roles)
+    kl_coef = section.kl.coef or section.kl.loss_coef
     job.log.start(section.steps)
 
-    job.log.log(0, probe.look(step=0))
+    metrics = kept.look(step=0)
+    job.log.log(0, metrics)
+    stopping.reason(0, metrics)  # what later looks are compared with
     for step in range(1, section.steps + 1):
         started = perf_counter()
         rows = draw(len(prompts), (step - 1) * section.batch_size, section.batch_size, recipe.seed)
@@ -81,46 +69,54 @@ def run(job: StageJob) -> StageResult:
 
         rollout = collect(loaded, batch, score, section, seed=seed)
         if step == 1:
-            _check_reference(rollout, _TOLERANCE[recipe.base.dtype])
-        estimates = estimate(rollout, section, kl_coef)
-        updates = update(loaded.roles, engine, rollout, estimates, section, seed=seed)
-        if updates["ppo/ratio_first_max_error"] > _TOLERANCE[recipe.base.dtype]:
-            raise _ratio_error(step, updates["ppo/ratio_first_max_error"])
+            _check_reference(rollout, tolerance)
+        estimates = estimate(rollout, section, kl_coef, scaler)
+        trains_policy = step > section.value.warmup_steps
+        updates = updater.update(rollout, estimates, seed=seed, policy=trains_policy)
+        kept.after_update()
 
-        metrics = rollout.metrics() | updates | {"kl/coef": kl_coef, "lr": engine.lr}
+        metrics = rollout.metrics() | estimates.metrics | updates
+        metrics |= score.take_metrics() | {"kl/coef": kl_coef, "lr": engine.lr}
         metrics |= _costs(rollout, perf_counter() - started)
-        if section.kl.target is not None:
-            kl_coef = next_kl_coef(
-                kl_coef,
-                metrics["kl/mean"],
-                target=section.kl.target,
-                horizon=section.kl.horizon,
-                num_responses=section.batch_size,
-            )
-        stopped = section.kl.stop is not None and metrics["kl/mean"] > section.kl.stop
-        if step % section.probe_every == 0 or step == section.steps or stopped:
-            metrics |= probe.look(step)
+        kl_coef = _next_kl_coef(kl_coef, metrics["kl/mean"], section)
+        looked = step % section.probe_every == 0 or step == section.steps
+        if looked:
+            metrics |= kept.look(step)
+        reason = stopping.reason(step, metrics)
+        if reason is not None and not looked:
+            metrics |= kept.look(step)
         job.log.log(step, metrics)
-        if stopped:
-            job.log.note(
-                f"stopped at step {step}: kl/mean={metrics['kl/mean']:.2f} exceeds"
-                f" ppo.kl.stop={section.kl.stop}"
-            )
+        if reason is not None:
+            job.log.note(reason)
             break
 
-    metrics["steps"] = float(step)
+    metrics |= {"steps": float(step)} | kept.settle()
+    _check_frozen(roles, frozen)
     folders = _save(job, loaded)
-    return StageResult(metrics, folders, loaded.tokenizer, loaded.facts, {"prompts": dropped})
+    lost = {"prompts": dropped} | ({section.ptx.source: ptx.dropped} if section.ptx and ptx else {})
+    return StageResult(metrics, folders, loaded.tokenizer, loaded.facts, lost)
 
 
-def _starting_adapters(job: StageJob, section: Ppo) -> dict[Role, Path]:
-    """Return where each role starts: the critic from the reward model if there is one."""
+def _load(job: StageJob, section: Ppo) -> LoadedRoles:
+    """Load the roles: the critic starts from the reward model if there is one, else from SFT."""
     sft = job.parent_folder("sft") / "model"
-    adapters: dict[Role, Path] = {"policy": sft, "reference": sft, "value": sft}
-    if section.reward == "model":
-        reward = job.parent_folder("reward") / "model"
-        adapters |= {"reward": reward, "value": reward}
-    return adapters
+    rewards = reward_roles(job, section)
+    folders: dict[Role, Path] = {"policy": sft, "reference": sft} | rewards
+    on_policy = section.value.trunk == "policy"
+    if not on_policy:
+        folders["value"] = rewards.get("reward", sft)
+    own: tuple[Role, ...] = ()
+    if section.layout == "separate":
+        own = ("policy",) if on_policy else ("policy", "value")
+    return load_roles(
+        job,
+        folders,
+        max_new_tokens=section.max_new_tokens,
+        own_models=own,
+        value_on_policy=on_policy,
+        trainable=("policy", "value"),
+        engine=section.rollout.engine,
+    )
 
 
 def _usable(job: StageJob, loaded: LoadedRoles) -> tuple[list[Prompt], Counter[str]]:
@@ -142,102 +138,28 @@ def _engine(roles: Roles, section: Ppo) -> Engine:
     return Engine(groups, section, updates)
 
 
-def estimate(rollout: Rollout, section: Ppo, kl_coef: float) -> Estimates:
-    """Turn scores and KL into token rewards, and those into advantages and returns."""
-    scores = rollout.scores
-    if section.missing_eos is not None:
-        penalty = section.missing_eos
-        scores = penalise_missing_eos(scores, rollout.ended, mode=penalty.mode, value=penalty.value)
-    rewards = token_rewards(scores, rollout.kl, rollout.mask, kl_coef)
-    advantages, returns = gae(
-        rewards, rollout.values, rollout.mask, gamma=section.gamma, lam=section.lam
+def _next_kl_coef(coef: float, kl: float, section: Ppo) -> float:
+    if section.kl.target is None:
+        return coef
+    return next_kl_coef(
+        coef,
+        kl,
+        target=section.kl.target,
+        horizon=section.kl.horizon,
+        num_responses=section.batch_size,
     )
-    return Estimates(masked_whiten(advantages, rollout.mask), returns)
 
 
-def update(
-    roles: Roles,
-    engine: Engine,
-    rollout: Rollout,
-    estimates: Estimates,
-    section: Ppo,
-    *,
-    seed: int,
-) -> dict[str, float]:
-    """Run several epochs of clipped updates on one rollout; return their mean metrics.
-
-    The first epoch takes the rows as they come, in the micro-batches that the log-probabilities
-    were computed in; later epochs shuffle them.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    num_rows, size = len(rollout.scores), section.micro_batch_size or section.minibatch_size
-    totals: dict[str, float] = {}
-    first_error, tokens_seen = 0.0, 0.0
-    norms: list[float] = []
-    for epoch in range(section.epochs):
-        order = torch.arange(num_rows)
-        if epoch > 0:
-            order = torch.randperm(num_rows, generator=generator)
-        for minibatch in order.split(section.minibatch_size):
-            num_tokens = rollout.mask[minibatch].sum()
-            for rows in micro_batches(len(minibatch), size):
-                sums = _backward(
-                    roles, engine, rollout, estimates, minibatch[rows], section, num_tokens
-                )
-                error = sums.pop("ratio_max_error")
-                if not norms:
-                    first_error = max(first_error, error)
-                for key, value in sums.items():
-                    totals[key] = totals.get(key, 0.0) + value
-            tokens_seen += float(num_tokens)
-            norms.append(engine.step())
-    means = {f"ppo/{key}": value / tokens_seen for key, value in totals.items()}
-    metrics = means | {"ppo/ratio_first_max_error": first_error}
-    metrics["grad_norm"] = sum(norms) / len(norms)
-    explained = explained_variance(rollout.values, estimates.returns, rollout.mask)
-    if explained == explained:  # NaN where all returns are equal
-        metrics["ppo/explained_variance"] = explained
-    return metrics
+def _checksum(roles: Roles) -> list[float]:
+    """Return a number per tensor of the frozen roles, to see later whether any has changed."""
+    names = ["reference", *(name for name in roles.heads if name != "value")]
+    with torch.no_grad():
+        return [float(p.double().sum()) for name in names for p in roles.role_parameters(name)]
 
 
-def _backward(
-    roles: Roles,
-    engine: Engine,
-    rollout: Rollout,
-    estimates: Estimates,
-    rows: Tensor,
-    section: Ppo,
-    num_tokens: Tensor,
-) -> dict[str, float]:
-    """Add the gradients of one micro-batch; return token sums of what is logged.
-
-    Policy and value go through their forward and backward pass one after the other: with gradient
-    checkpointing a second role would otherwise be recomputed under the wrong adapter.
-    """
-    part, mask = rollout.sequences.rows(rows), rollout.mask[rows]
-    policy = ppo_policy_loss(
-        roles.logprobs("policy", part, section.temperature),
-        rollout.logprobs[rows],
-        estimates.advantages[rows],
-        mask,
-        clip=section.clip,
-        num_tokens=num_tokens,
-    )
-    engine.backward(policy.loss)
-    value = ppo_value_loss(
-        roles.values(part),
-        rollout.values[rows],
-        estimates.returns[rows],
-        mask,
-        clip=section.value_clip,
-        num_tokens=num_tokens,
-    )
-    engine.backward(section.value_coef * value.loss)
-    losses = {
-        "policy_loss": policy.loss.detach() * num_tokens,
-        "value_loss": value.loss.detach() * num_tokens,
-    }
-    return {key: float(x) for key, x in (policy.sums | value.sums | losses).items()}
+def _check_frozen(roles: Roles, before: list[float]) -> None:
+    if _checksum(roles) != before:
+        raise TrainingError("PPO has changed the reference or a reward model: please report it")
 
 
 def _check_reference(rollout: Rollout, tolerance: float) -> None:
@@ -249,14 +171,6 @@ def _check_reference(rollout: Rollout, tolerance: float) -> None:
             f" (allowed {tolerance:.0e}), but both are the SFT model; the likely cause is an"
             " adapter that was not loaded, or dropout"
         )
-
-
-def _ratio_error(step: int, error: float) -> TrainingError:
-    return TrainingError(
-        f"step {step}: before the first update of the rollout, |ratio - 1| is up to {error:.2e},"
-        " but sampling and updated policy are the same; the likely causes are dropout, padding or"
-        " position ids that differ between rollout and update, or another temperature"
-    )
 
 
 def _costs(rollout: Rollout, seconds: float) -> dict[str, float]:
@@ -273,23 +187,29 @@ def _costs(rollout: Rollout, seconds: float) -> dict[str, float]:
 
 
 def _save(job: StageJob, loaded: LoadedRoles) -> tuple[str, ...]:
-    """Write policy and critic, and check that the policy's folder gives the same model again."""
+    """Write policy and critic, and check that the policy's folder gives the same weights again."""
     roles, base = loaded.roles, base_location(job.recipe)
-    assert roles.peft is not None
-    assert roles.value_head is not None
     policy, value = job.directory / "policy", job.directory / "value"
-    save_adapter(roles.peft, policy, "policy", base=base)
+    for role, folder in (("policy", policy), ("value", value)):
+        folder.mkdir(parents=True)
+        if role in roles.models:
+            roles.model(role).save_pretrained(folder, safe_serialization=True)
+        elif role == "policy" or not roles.value_on_policy:
+            assert roles.peft is not None
+            save_adapter(roles.peft, folder, role, base=base)
     loaded.tokenizer.save_pretrained(policy)
-    save_adapter(roles.peft, value, "value", base=base)
-    save_file(roles.value_head.state_dict(), value / "value_head.safetensors")
+    save_file(roles.heads["value"].state_dict(), value / "value_head.safetensors")
     _check_saved(roles, policy)
     return ("policy", "value", "samples.jsonl")
 
 
 def _check_saved(roles: Roles, folder: Path) -> None:
-    saved = load_file(folder / WEIGHTS)
-    live = get_peft_model_state_dict(roles.peft, adapter_name="policy", save_embedding_layers=False)
-    if saved.keys() != live.keys() or any(
-        not torch.equal(saved[key], live[key].cpu()) for key in saved
-    ):
+    """Compare what is in the files with what is in memory, as sums over all numbers."""
+    saved = [
+        float(tensor.double().sum())
+        for path in sorted(folder.glob("*.safetensors"))
+        for tensor in load_file(path).values()
+    ]
+    live = {id(p): float(p.double().sum()) for p in roles.role_parameters("policy")}
+    if sorted(saved) != sorted(live.values()):
         raise TrainingError(f"{folder}: the saved policy is not the one in memory")

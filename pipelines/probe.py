@@ -1,14 +1,19 @@
 """A look at the policy during PPO: the same held-out prompts, answered again and again.
 
-The gold judge, where the recipe names one, is only asked here and in the evaluation: training never
-sees it. Proxy score and gold score over KL show over-optimisation (Gao et al. 2022).
+The gold judge, where the recipe names one, is only asked here and in the evaluation, the held-out
+reward only here: training never sees them. The score that it does see, beside one of them over the
+KL, shows over-optimisation (Gao et al. 2022).
 """
+
+import torch
 
 from align.functions import call_score_function, load_function
 from align.seeds import derive_seed
+from align.sequences import micro_batches
 from data.records import Prompt
 from pipelines.load_roles import LoadedRoles
-from pipelines.rollout import Scorer, collect
+from pipelines.rollout import Rollout, Scorer, collect
+from pipelines.scoring import RewardScorer, heldout_scorer
 from pipelines.stage import StageJob
 
 
@@ -16,10 +21,11 @@ class Probe:
     """Answers the first ``ppo.probe_prompts`` held-out prompts and records what came out.
 
     Raises:
-        RecipeError: ``evaluate.gold`` names no function.
+        RecipeError: ``evaluate.gold`` or ``ppo.heldout_reward`` names no function.
+        InputError: the held-out reward model cannot be loaded; see ``pipelines.scoring``.
     """
 
-    def __init__(self, job: StageJob, loaded: LoadedRoles, score: Scorer) -> None:
+    def __init__(self, job: StageJob, loaded: LoadedRoles, score: RewardScorer) -> None:
         assert job.recipe.ppo is not None
         self._job, self._loaded, self._score = job, loaded, score
         self._section = job.recipe.ppo
@@ -28,6 +34,7 @@ class Probe:
         evaluate = job.recipe.evaluate
         self._gold_name = evaluate.gold if evaluate is not None else None
         self._gold = load_function(self._gold_name) if self._gold_name else None
+        self._heldout = heldout_scorer(job, self._section, loaded)
 
     def look(self, step: int) -> dict[str, float]:
         """Answer the prompts as the policy stands; append to ``samples.jsonl``.
@@ -35,8 +42,9 @@ class Probe:
         Always with the same sampling seed, so that two looks differ by the policy alone.
 
         Returns:
-            ``probe/score``, ``probe/kl``, ``probe/length``, ``probe/eos_rate`` and, with a gold
-            judge, ``probe/gold``; empty without held-out prompts.
+            ``probe/score``, ``probe/kl``, ``probe/length``, ``probe/eos_rate``; with several
+            rewards ``probe/score/<name>``, with a held-out one ``probe/heldout_reward``, with a
+            gold judge ``probe/gold``; empty without held-out prompts.
         """
         if not self._prompts:
             return {}
@@ -48,8 +56,12 @@ class Probe:
             "probe/kl": seen["kl/mean"],
             "probe/length": seen["length/mean"],
             "probe/eos_rate": seen["eos_rate"],
-        }
+        } | {f"probe/{key}": value for key, value in self._score.take_metrics().items()}
         columns = {"score": rollout.scores.tolist()}
+        if self._heldout is not None:
+            heldout = self._heldout_rewards(self._heldout, rollout)
+            metrics["probe/heldout_reward"] = float(heldout.mean())
+            columns["heldout_reward"] = heldout.tolist()
         if self._gold is not None and self._gold_name is not None:
             gold = call_score_function(
                 self._gold, self._gold_name, rollout.prompts, rollout.responses
@@ -66,3 +78,14 @@ class Probe:
             ]
         )
         return metrics
+
+    @torch.no_grad()
+    def _heldout_rewards(self, score: Scorer, rollout: Rollout) -> torch.Tensor:
+        section, parts = self._section, []
+        size = section.micro_batch_size or section.minibatch_size
+        tokens = section.max_tokens_per_microbatch
+        for rows in micro_batches(rollout.sequences.lengths, rows=size, tokens=tokens):
+            prompts = [rollout.prompts[i] for i in rows]
+            responses = [rollout.responses[i] for i in rows]
+            parts.append(score(prompts, responses, rollout.sequences.rows(rows)))
+        return torch.cat(parts)

@@ -1,18 +1,21 @@
 """Rollouts: responses of the policy with everything that PPO needs to know about them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from align.functional import kl_k1, masked_mean, masked_sum
+from align.functional import kl_k1, kl_k3, masked_mean, masked_sum
 from align.functions import Chat
-from align.recipe import Ppo
-from align.sequences import Sequences, join
+from align.recipe_ppo import Ppo
+from align.roles import Roles
+from align.sequences import Sequences, join, micro_batches
 from data.records import Prompt
 from pipelines.load_roles import LoadedRoles
+from pipelines.win_rate import repetitive_rate
 
 # (prompts, responses, sequences) -> [B] float32
 Scorer = Callable[[list[Chat], list[str], Sequences], Tensor]
@@ -31,6 +34,9 @@ class Rollout:
     ref_logprobs: Tensor  # [B, R] under the frozen SFT model
     values: Tensor  # [B, R] of the state before each token
     entropy: Tensor  # [B, R]
+    # [B] of the state after the last token; only where truncated responses bootstrap from it.
+    last_values: Tensor | None
+    repetitive_rate: float
     seconds: dict[str, float]  # time/rollout and time/score
 
     @property
@@ -40,7 +46,7 @@ class Rollout:
 
     @property
     def kl(self) -> Tensor:
-        """KL to the reference per token (k1), ``[B, R]``."""
+        """KL to the reference per token (k1), ``[B, R]``; what is logged as KL."""
         return kl_k1(self.logprobs, self.ref_logprobs)
 
     def metrics(self) -> dict[str, float]:
@@ -52,9 +58,12 @@ class Rollout:
             "score/std": float(self.scores.std(correction=0)),
             "kl/mean": kl / len(self.scores),
             "kl/token": kl / float(tokens),
+            "kl/k3": float(masked_mean(kl_k3(self.logprobs, self.ref_logprobs), self.mask)),
             "entropy": float(masked_mean(self.entropy, self.mask)),
             "length/mean": float(tokens) / len(self.scores),
             "eos_rate": float(self.ended.float().mean()),
+            "empty_rate": sum(not text.strip() for text in self.responses) / len(self.responses),
+            "repetitive_rate": self.repetitive_rate,
         }
 
 
@@ -63,10 +72,11 @@ def as_chat(prompt: Prompt) -> Chat:
     return [{"role": m.role, "content": m.content} for m in prompt.messages]
 
 
-def micro_batches(num_rows: int, size: int) -> Iterator[slice]:
-    """Cut a batch into slices of at most ``size`` rows."""
-    for start in range(0, num_rows, size):
-        yield slice(start, min(start + size, num_rows))
+def cut(lengths: tuple[int, ...], section: Ppo) -> list[list[int]]:
+    """Return the rows of each forward pass over the rows of one minibatch or less."""
+    return micro_batches(
+        lengths, rows=section.micro_batch_size, tokens=section.max_tokens_per_microbatch
+    )
 
 
 @torch.no_grad()
@@ -75,9 +85,9 @@ def collect(
 ) -> Rollout:
     """Sample one response per prompt and compute scores, log-probabilities and values.
 
-    The log-probabilities come from the forward pass that training uses, in micro-batches of the
-    same rows and width as the first epoch's: before the first update the ratio is exactly 1.
-    What ``generate`` computed while sampling is never used.
+    The log-probabilities come from the forward pass that training uses, in the micro-batches of
+    the first epoch: before the first update the ratio is exactly 1. What was computed while
+    sampling is never used.
     """
     roles = loaded.roles
     started = perf_counter()
@@ -90,22 +100,22 @@ def collect(
         end_ids=loaded.end_ids,
         pad_id=loaded.pad_id,
         seed=seed,
+        batch_size=section.rollout.batch_size,
     )
     sampled = perf_counter()
-    sequences = join(prompt_ids, generated.responses, loaded.pad_id).to(roles.device)
+    sequences = roles.with_trunk(join(prompt_ids, generated.responses).to(roles.device))
     chats = [as_chat(prompt) for prompt in prompts]
     responses = [loaded.renderer.decode(ids) for ids in generated.responses]
-    columns: list[tuple[Tensor, ...]] = []
-    for rows in micro_batches(len(prompts), section.micro_batch_size or section.minibatch_size):
-        part = sequences.rows(rows)
-        logprobs, entropy = roles.logprobs_and_entropy("policy", part, section.temperature)
-        reference = roles.logprobs("reference", part, section.temperature)
-        values = roles.values(part)
-        scores = score(chats[rows], responses[rows], part)
-        columns.append((logprobs, entropy, reference, values, scores))
-    logprobs, entropy, reference, values, scores = (
-        torch.cat(column) for column in zip(*columns, strict=True)
-    )
+    parts = []
+    for minibatch in micro_batches(sequences.lengths, rows=section.minibatch_size):
+        for group in cut(tuple(sequences.lengths[row] for row in minibatch), section):
+            rows = [minibatch[i] for i in group]
+            scored = ([chats[row] for row in rows], [responses[row] for row in rows])
+            parts.append(_look(roles, sequences.rows(rows), scored, score, section))
+    columns = [
+        _stack(column, sequences.response_mask.shape[1]) for column in zip(*parts, strict=True)
+    ]
+    logprobs, entropy, reference, values, scores, last_values = columns
     return Rollout(
         sequences=sequences,
         prompts=chats,
@@ -116,5 +126,33 @@ def collect(
         ref_logprobs=reference,
         values=values,
         entropy=entropy,
+        last_values=last_values if section.bootstrap_truncated else None,
+        repetitive_rate=repetitive_rate(generated.responses),
         seconds={"time/rollout": sampled - started, "time/score": perf_counter() - sampled},
     )
+
+
+def _look(
+    roles: Roles,
+    part: Sequences,
+    texts: tuple[list[Chat], list[str]],
+    score: Scorer,
+    section: Ppo,
+) -> tuple[Tensor, ...]:
+    """Return what each role has to say about some rows, ``[b, r]`` or ``[b]`` each."""
+    policy = roles.policy(part, section.temperature, with_entropy=True)
+    reference = roles.logprobs("reference", part, section.temperature)
+    values = policy.values if policy.values is not None else roles.values(part)
+    last_values = values[:, 0]
+    if section.bootstrap_truncated:
+        last_values = roles.last_values(part)
+    assert policy.entropy is not None
+    scores = score(*texts, part)
+    return policy.logprobs, policy.entropy, reference, values, scores, last_values
+
+
+def _stack(parts: tuple[Tensor, ...], width: int) -> Tensor:
+    """Put parts ``[b, r]`` or ``[b]`` under each other, ``[B, width]`` or ``[B]``."""
+    if parts[0].ndim == 1:
+        return torch.cat(parts)
+    return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts])

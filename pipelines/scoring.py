@@ -1,28 +1,205 @@
-"""What PPO maximises: the reward model on the shared base, or a Python function."""
+"""What PPO maximises: reward models and Python functions, weighted; and what it only looks at."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from align.functions import Chat, call_score_function, load_function
-from align.recipe import Ppo
-from align.roles import Roles
+from align.manifest import Manifest
+from align.recipe_ppo import Ppo, RewardSource
 from align.sequences import Sequences
+from align.stages import heldout_source, read_reward_models, reward_sources
+from data.records import Prompt
+from data.render import render_all
+from pipelines.foreign_reward import load_foreign_rewards
+from pipelines.load_roles import LoadedRoles
 from pipelines.rollout import Scorer
+from pipelines.stage import StageJob
+from reward.combine import ensemble_score, source_metrics, weighted_sum
+
+# Metrics of all scores together; a source of that name gets a number.
+_RESERVED = ("mean", "std", "low", "high")
 
 
-def ppo_scorer(section: Ppo, roles: Roles) -> Scorer:
-    """Return the scorer that ``ppo.reward`` names.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One part of the reward: a model, a function, or the members of an ensemble."""
+
+    members: tuple[Scorer, ...]
+    weight: float
+    std_penalty: float
+
+
+@dataclass
+class RewardScorer:
+    """A scorer that adds up several sources and can say what each of them gave."""
+
+    sources: dict[str, Source]  # by the name that its metrics carry
+    _seen: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[Chat], responses: list[str], sequences: Sequences) -> Tensor:
+        """Score responses, ``[B]`` float32, without gradients."""
+        scores = []
+        for name, source in self.sources.items():
+            members = torch.stack([m(prompts, responses, sequences) for m in source.members])
+            scores.append(ensemble_score(members, source.std_penalty))
+            self._seen[name].append(members)
+        weights = [source.weight for source in self.sources.values()]
+        return weighted_sum(torch.stack(scores), weights)
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return each source's means over what was scored since the last call of this.
+
+        Empty where a single model or function is the whole reward: then ``score/mean`` says it.
+        """
+        seen = {name: torch.cat(parts, dim=1) for name, parts in self._seen.items()}
+        self._seen.clear()
+        is_single = sum(len(source.members) for source in self.sources.values()) == 1
+        return {} if is_single else source_metrics(seen)
+
+
+def reward_roles(job: StageJob, section: Ppo) -> dict[str, Path]:
+    """Return the reward models that are adapters on this run's base: role -> model folder.
+
+    ``reward`` is this recipe's own; those of other runs on the same base, with the same tokenizer
+    and template, are ``reward1``, ``reward2``, ...
+    """
+    roles = _roles(job, section)
+    folders = {"reward": job.parent_folder("reward")} if "reward" in roles else {}
+    return {role: folders.get(name, Path(name)) / "model" for name, role in roles.items()}
+
+
+def ppo_scorer(job: StageJob, section: Ppo, loaded: LoadedRoles) -> RewardScorer:
+    """Return the scorer that ``ppo.reward`` describes.
+
+    Args:
+        loaded: with a role for each of ``reward_roles``.
 
     Raises:
         RecipeError: there is no such function.
+        InputError: a reward model with a base of its own cannot be loaded, or cannot be shown the
+            prompts; see ``load_foreign_rewards``.
     """
-    if section.reward == "model":
-        return lambda prompts, responses, sequences: roles.scores(sequences)
-    name = section.reward
+    sources = section.reward_sources
+    names = _names(sources, read_reward_models(job.recipe, job.stage))
+    members = _members(job, section, loaded, sources)
+    return RewardScorer(
+        {
+            name: Source(scorers, source.weight, source.std_penalty)
+            for name, scorers, source in zip(names, members, sources, strict=True)
+        }
+    )
+
+
+def heldout_scorer(job: StageJob, section: Ppo, loaded: LoadedRoles) -> Scorer | None:
+    """Return the scorer that ``ppo.heldout_reward`` names; raises what ``ppo_scorer`` raises."""
+    source = heldout_source(section)
+    if source is None:
+        return None
+    ((scorer,),) = _members(job, section, loaded, [source])
+    return scorer
+
+
+def _roles(job: StageJob, section: Ppo) -> dict[str, str]:
+    """Return the roles of the reward models that share the base, by their name in the recipe."""
+    manifests = read_reward_models(job.recipe, job.stage)
+    ours = _origin(job.parents["sft"])
+    shared = [name for name, manifest in manifests.items() if _origin(manifest) == ours]
+    roles = {name: f"reward{number}" for number, name in enumerate(shared, 1)}
+    sources = reward_sources(section, job.stage).values()
+    if any("reward" in source.models for source in sources):
+        roles["reward"] = "reward"
+    return roles
+
+
+def _origin(manifest: Manifest) -> tuple[str, str, str]:
+    """Return what two models have to have in common for one's tokens to be the other's."""
+    return manifest.base.sha256, manifest.tokenizer_sha256, manifest.template_sha256
+
+
+def _members(
+    job: StageJob, section: Ppo, loaded: LoadedRoles, sources: Sequence[RewardSource]
+) -> list[tuple[Scorer, ...]]:
+    """Return the scorers of each source: one, or those of an ensemble's models."""
+    roles = _roles(job, section)
+    names = dict.fromkeys(name for source in sources for name in source.models)
+    models = {n: _role_scorer(loaded, roles[n]) for n in names if n in roles}
+    models |= _foreign_scorers(job, section, loaded, [n for n in names if n not in roles])
+    return [
+        (_function_scorer(source.function, loaded.roles.device),)
+        if source.function is not None
+        else tuple(models[name] for name in source.models)
+        for source in sources
+    ]
+
+
+def _role_scorer(loaded: LoadedRoles, role: str) -> Scorer:
+    return lambda prompts, responses, sequences: loaded.roles.scores(sequences, role=role)
+
+
+def _foreign_scorers(
+    job: StageJob, section: Ppo, loaded: LoadedRoles, names: Sequence[str]
+) -> dict[str, Scorer]:
+    """Return scorers of the models that do not share our base; those that share one share it."""
+    manifests = read_reward_models(job.recipe, job.stage)
+    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for name in names:
+        groups[_origin(manifests[name])].append(name)
+    scorers: dict[str, Scorer] = {}
+    for members in groups.values():
+        foreign = load_foreign_rewards(
+            job.recipe,
+            [Path(name) for name in members],
+            manifests[members[0]],
+            batch_size=section.micro_batch_size or section.minibatch_size,
+        )
+        foreign.check_prompts(_readable_prompts(job, loaded))
+        for number, name in enumerate(members):
+            scorers[name] = _text_scorer(partial(foreign.scores, number))
+    return scorers
+
+
+def _readable_prompts(job: StageJob, loaded: LoadedRoles) -> list[Prompt]:
+    """Return the prompts that the policy can be given; the others are dropped and counted."""
+    data = job.data["prompts"]
+    rows = [row for row in (*data.train, *data.heldout) if isinstance(row, Prompt)]
+    kept, _ = render_all(rows, lambda row: (row, loaded.renderer.prompt(row.messages)))
+    return [row for row, _ in kept]
+
+
+def _function_scorer(name: str, device: torch.device) -> Scorer:
     function = load_function(name)
 
-    def score(prompts: list[Chat], responses: list[str], sequences: Sequences) -> Tensor:
+    def score(prompts: list[Chat], responses: list[str]) -> Tensor:
         scores = call_score_function(function, name, prompts, responses)
-        return torch.tensor(scores, dtype=torch.float32, device=roles.device)
+        return torch.tensor(scores, dtype=torch.float32, device=device)
 
-    return score
+    return _text_scorer(score)
+
+
+def _text_scorer(score: Callable[[list[Chat], list[str]], Tensor]) -> Scorer:
+    """Return a scorer that judges text, whatever its tokens are."""
+    return lambda prompts, responses, sequences: score(prompts, responses)
+
+
+def _names(sources: Sequence[RewardSource], manifests: dict[str, Manifest]) -> list[str]:
+    """Return a name for each source: the function's, or that of the run whose model it is."""
+    names: list[str] = []
+    for source in sources:
+        name = source.model or "ensemble"
+        if source.function is not None:
+            name = source.function.rpartition(":")[2]
+        elif name in manifests:
+            name = manifests[name].name
+        number, free = 1, name
+        while free in (*names, *_RESERVED):
+            number += 1
+            free = f"{name}-{number}"
+        names.append(free)
+    return names

@@ -226,6 +226,7 @@ def _sample(job: StageJob, model: PeftModel, renderer: Renderer, step: int) -> d
         pad_id=pad_id(renderer.tokenizer),
         seed=derive_seed(job.recipe.seed, "sft", "samples"),
         batch_size=section.batch_size,
+        engine="hf",  # the trainer's model keeps the attention that the trainer gave it
     )
     job.sample(
         [

@@ -21,7 +21,7 @@ from transformers import (
 
 from align.errors import TrainingError
 from align.metrics import MetricsLog
-from align.recipe import Optimisation
+from align.recipe_types import Optimisation
 
 _OTHER_KEYS = ("accuracy", "perplexity")  # passed on as they are
 

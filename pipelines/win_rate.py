@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 LEVEL = 0.9  # of every interval that Align prints
+# A response is called repetitive when more than this share of its 4-grams stood in it before.
+REPETITIVE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,11 @@ def bootstrap(
 def wins(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """Return per pair 1 where our number is higher, 0 where theirs is, and 0.5 for a tie."""
     return [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]
+
+
+def repetitive_rate(responses: Sequence[Sequence[int]]) -> float:
+    """Return the share of responses that repeat themselves."""
+    return sum(repeated_share(ids) > REPETITIVE for ids in responses) / len(responses)
 
 
 def repeated_share(ids: Sequence[int], n: int = 4) -> float:

@@ -18,9 +18,9 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
 
 
-def sft_adapter(base: PreTrainedModel, folder: Path, seed: int = 1) -> Path:
+def sft_adapter(base: PreTrainedModel, folder: Path, seed: int = 1, layers: str = "all") -> Path:
     """Write a LoRA adapter for ``base``, which is wrapped in the course of it."""
-    config = lora_config(Adapter(r=4, alpha=8.0), "CAUSAL_LM", base)
+    config = lora_config(Adapter(r=4, alpha=8.0, layers=layers), "CAUSAL_LM", base)
     model = get_peft_model(base, config)
     randomise(model, seed)
     model.save_pretrained(folder)

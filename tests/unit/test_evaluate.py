@@ -38,7 +38,7 @@ def loaded(folders):
     head.weight.data = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
     tokenizer = prepare_tokenizer(tiny.tokenizer(), TokenizerSection())
     return LoadedRoles(
-        Roles(tiny.llama(), folders, reward_head=head),
+        Roles(tiny.llama(), folders, heads={"reward": head}),
         BaseFacts(id="tiny", revision=None, sha256=""),
         tokenizer,
         Renderer(tokenizer, 64, 64),
@@ -183,6 +183,9 @@ def half(ours, theirs):
 @torch.no_grad()
 def plain_score(loaded, ids):
     """One row without padding through the reward adapter and the head."""
+    base = loaded.roles.base
+    base.set_attn_implementation("sdpa")
     with loaded.roles.use("reward"):
-        hidden = loaded.roles.base.base_model(torch.tensor([ids])).last_hidden_state
-    return float(loaded.roles.reward_head(hidden[0, -1]))
+        hidden = base.base_model(torch.tensor([ids])).last_hidden_state
+    base.set_attn_implementation("align")
+    return float(loaded.roles.heads["reward"](hidden[0, -1]))

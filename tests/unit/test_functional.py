@@ -7,16 +7,19 @@ import torch
 from torch.testing import assert_close
 
 from align.functional import (
+    Moments,
+    add_moments,
     explained_variance,
     gae,
+    kl_estimate,
     kl_k1,
+    kl_k2,
     kl_k3,
     masked_mean,
     masked_whiten,
     next_kl_coef,
     penalise_missing_eos,
-    ppo_policy_loss,
-    ppo_value_loss,
+    standardise,
     token_entropy,
     token_logprobs,
     token_rewards,
@@ -31,6 +34,10 @@ def close(actual, expected, atol=1e-6):
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def garbage(x, mask, value):
+    return torch.where(mask, x, torch.full_like(x, value))
 
 
 # T20: whitening. The vectors are those of "The N implementation details of RLHF with PPO".
@@ -90,6 +97,19 @@ def test_t13_kl_estimators_agree_with_the_exact_kl_in_expectation():
     close((p * kl_k3(p.log(), q.log())).sum(), exact)
     assert (kl_k1(p.log(), q.log()) < 0).any()
     assert (kl_k3(p.log(), q.log()) >= 0).all()
+
+
+def test_t13_kl_k2_is_half_the_squared_log_ratio():
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
+    half = 0.5 * math.log(2) ** 2
+    close(kl_k2(p.log(), q.log()), [half, 0.0, half])
+
+
+def test_t13_kl_is_zero_where_the_policies_agree_and_named_as_it_is_computed():
+    p, q = random(2, 3), random(2, 3, seed=1)
+    for name, estimator in (("k1", kl_k1), ("k2", kl_k2), ("k3", kl_k3)):
+        close(kl_estimate(name, p, p), torch.zeros(2, 3))
+        close(kl_estimate(name, p, q), estimator(p, q))
 
 
 # T12: reward per token.
@@ -154,82 +174,47 @@ def test_gae_is_the_discounted_sum_of_deltas(gamma, lam):
         close(advantages[0, t], expected, atol=1e-5)
 
 
-# The clipped surrogate, by hand: clip 0.2.
-def test_policy_loss_clips_only_where_it_would_help():
-    ratio = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.1]])
-    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 2.0]])
-    mask = torch.ones(1, 5, dtype=torch.bool)
-    loss, sums = ppo_policy_loss(
-        ratio.log(), torch.zeros(1, 5), advantages, mask, clip=0.2, num_tokens=5
-    )
-    # min(r A, clip(r) A): 1.2, -1.5, 0.5, -0.8, 2.2
-    close(loss, -(1.2 - 1.5 + 0.5 - 0.8 + 2.2) / 5)
-    close(sums["clip_fraction"], 2.0)
-    close(sums["ratio_max_error"], 0.5)
+def naive_gae(rewards, values, length, gamma, lam, last_value):
+    """One row, token by token from the end, in Python's floats."""
+    advantages, following, next_value = [0.0] * length, 0.0, last_value
+    for t in reversed(range(length)):
+        following = rewards[t] + gamma * next_value - values[t] + gamma * lam * following
+        advantages[t], next_value = following, values[t]
+    return advantages
 
 
-def test_policy_gradient_at_ratio_one_is_the_advantage():
-    logprobs = random(2, 3).requires_grad_()
-    advantages, mask = random(2, 3, seed=1), torch.tensor([[T, T, F], [T, T, T]])
-    ppo_policy_loss(
-        logprobs, logprobs.detach(), advantages, mask, clip=0.2, num_tokens=5
-    ).loss.backward()
-    close(logprobs.grad, torch.where(mask, -advantages / 5, 0.0))
+@pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 200])
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (1.0, 1.0), (0.9, 0.5), (0.99, 0.0)])
+def test_t18_gae_is_that_of_a_naive_loop_at_every_length(width, gamma, lam):
+    lengths = [width, 1, 0, max(1, width // 2), max(0, width - 1)]
+    mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+    rewards, values = random(5, width), random(5, width, seed=1)
+    last_values = random(5, seed=2)
+    dirty = (garbage(rewards, mask, math.nan), garbage(values, mask, math.inf))
+    advantages, returns = gae(*dirty, mask, gamma=gamma, lam=lam, last_values=last_values)
+    for row, length in enumerate(lengths):
+        expected = naive_gae(
+            rewards[row].tolist(), values[row].tolist(), length, gamma, lam, float(last_values[row])
+        )
+        close(advantages[row], expected + [0.0] * (width - length), atol=1e-4)
+        # T19: returns are the advantages before whitening plus the values.
+        close(
+            returns[row, :length],
+            torch.tensor(expected) + values[row, :length],
+            atol=1e-4,
+        )
+        assert not returns[row, length:].any()
 
 
-# T22: the value loss, clipped around the stored values; clip 0.2.
-def test_t22_value_loss_takes_the_worse_of_clipped_and_unclipped():
-    new, old = torch.tensor([[1.0, 0.1, 0.5]]), torch.tensor([[0.0, 0.0, 0.0]])
-    returns = torch.tensor([[1.0, 1.0, 0.0]])
-    mask = torch.ones(1, 3, dtype=torch.bool)
-    loss, sums = ppo_value_loss(new, old, returns, mask, clip=0.2, num_tokens=3)
-    # errors 0, 0.81, 0.25; clipped to 0.2, 0.1, 0.2: errors 0.64, 0.81, 0.04
-    close(loss, 0.5 * (0.64 + 0.81 + 0.25) / 3)
-    close(sums["value_clip_fraction"], 1.0)
-
-
-def garbage(x, mask, value):
-    return torch.where(mask, x, torch.full_like(x, value))
-
-
-@pytest.mark.parametrize("value", [1e9, math.nan, -math.inf])
-def test_garbage_outside_the_mask_changes_no_loss_and_no_gradient(value):
-    mask = torch.arange(4) < torch.tensor([[4], [1], [2]])
-    tensors = [random(3, 4, seed=s) for s in range(4)]
-
-    def losses(parts):
-        new, old, advantages, returns = parts
-        new = new.clone().requires_grad_()
-        policy = ppo_policy_loss(new, old, advantages, mask, clip=0.2, num_tokens=7).loss
-        critic = ppo_value_loss(new, old, returns, mask, clip=0.2, num_tokens=7).loss
-        (policy + critic).backward()
-        return policy.detach(), critic.detach(), garbage(new.grad, mask, 0.0)
-
-    # Log-probabilities of padding are finite; advantages and returns are 0 there.
-    new, old, advantages, returns = tensors
-    dirty = [
-        garbage(new, mask, 50.0 if not math.isfinite(value) else -50.0),
-        garbage(old, mask, 3.0),
-        garbage(advantages, mask, value),
-        garbage(returns, mask, 7.0),
-    ]
-    for clean_part, dirty_part in zip(losses(tensors), losses(dirty), strict=True):
-        close(dirty_part, clean_part)
-
-
-# T21: the mean is over the tokens of the optimiser step, however it is split.
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_t21_micro_batches_add_up_to_the_whole(size):
-    mask = torch.arange(5) < torch.tensor([[5], [1], [3], [2]])
-    logprobs, advantages = random(4, 5), random(4, 5, seed=1)
-    new = random(4, 5, seed=2).requires_grad_()
-    whole = ppo_policy_loss(new, logprobs, advantages, mask, clip=0.2, num_tokens=11).loss
-    (expected,) = torch.autograd.grad(whole, new)
-    for rows in torch.arange(4).split(size):
-        ppo_policy_loss(
-            new[rows], logprobs[rows], advantages[rows], mask[rows], clip=0.2, num_tokens=11
-        ).loss.backward()
-    close(new.grad, expected, atol=1e-7)
+def test_t17_only_rows_with_a_last_value_are_bootstrapped():
+    mask = torch.tensor([[T, T, F], [T, T, F]])
+    rewards, values = torch.zeros(2, 3), torch.full((2, 3), 0.5)
+    last = torch.tensor([0.0, 0.8])
+    advantages, _ = gae(rewards, values, mask, gamma=0.9, lam=1.0, last_values=last)
+    # ended: 0.9 * 0 - 0.5; truncated: 0.9 * 0.8 - 0.5; one step before: 0.9 * 0.5 - 0.5 more
+    close(advantages, [[-0.05 - 0.45, -0.5, 0.0], [-0.05 + 0.9 * 0.22, 0.22, 0.0]])
+    without, _ = gae(rewards, values, mask, gamma=0.9, lam=1.0)
+    close(without[1], advantages[0])
 
 
 # T8, T27: what a missing stop token costs.
@@ -237,6 +222,31 @@ def test_t27_missing_eos_is_subtracted_or_replaced_only_where_the_response_did_n
     scores, ended = torch.tensor([2.0, 2.0, -1.0]), torch.tensor([T, F, F])
     close(penalise_missing_eos(scores, ended, mode="subtract", value=1.0), [2.0, 1.0, -2.0])
     close(penalise_missing_eos(scores, ended, mode="replace", value=-1.0), [2.0, -1.0, -1.0])
+
+
+# T25: the offset and scale of scores.
+def test_t25_moments_of_batches_are_those_of_all_values_together():
+    batches = [random(7) * 3 + 100, random(1, seed=1), random(64, seed=2) - 40]
+    moments = Moments()
+    for i, batch in enumerate(batches, start=1):
+        moments = add_moments(moments, batch)
+        seen = torch.cat(batches[:i]).double()
+        assert moments.num_values == len(seen)
+        assert moments.mean == pytest.approx(float(seen.mean()), rel=1e-12)
+        assert moments.std == pytest.approx(float(seen.std(correction=0)), rel=1e-12)
+
+
+def test_t25_moments_survive_many_batches_far_from_zero():
+    moments = Moments()
+    for _ in range(10_000):
+        moments = add_moments(moments, torch.tensor([10_000.0, 10_001.0]))
+    assert (moments.mean, moments.std) == pytest.approx((10_000.5, 0.5), rel=1e-9)
+
+
+def test_t25_standardised_scores():
+    close(standardise(torch.tensor([1.0, 5.0, 3.0]), mean=3.0, std=2.0), [-1.0, 1.0, 0.0])
+    close(standardise(torch.tensor([4.0, 4.0]), mean=4.0, std=0.0), [0.0, 0.0])
+    assert Moments().std == 0.0
 
 
 # Ziegler et al. 2019: error clipped to 0.2, gain n / horizon.

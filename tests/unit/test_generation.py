@@ -1,9 +1,12 @@
 """Sampling: the distribution is the softmax, stops are counted right, settings do not leak in."""
 
+import copy
+
 import pytest
 import torch
 from transformers import GenerationConfig
 
+from align import attention, generation
 from align.generation import generate
 from tests import tiny
 
@@ -12,12 +15,23 @@ MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2}
 
 
 @pytest.fixture(params=MODELS)
-def model(request):
+def plain(request):
+    """The model as transformers runs it."""
     return MODELS[request.param]()
+
+
+@pytest.fixture(params=["native", "hf"])
+def model(request, plain):
+    made = copy.deepcopy(plain)
+    made.engine = request.param
+    if request.param == "native":
+        made.set_attn_implementation(attention.NAME)
+    return made
 
 
 def sample(model, prompts=PROMPTS, **changes):
     settings = {
+        "engine": model.engine,
         "max_new_tokens": 8,
         "temperature": 1.0,
         "end_ids": [1],
@@ -28,28 +42,28 @@ def sample(model, prompts=PROMPTS, **changes):
 
 
 @torch.no_grad()
-def greedy_by_hand(model, prompt, length, stops):
+def greedy_by_hand(plain, prompt, length, stops):
     ids = list(prompt)
     for _ in range(length):
-        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        ids.append(int(plain(torch.tensor([ids])).logits[0, -1].argmax()))
         if ids[-1] in stops:
             break
     return ids[len(prompt) :]
 
 
-def test_greedy_in_a_padded_batch_equals_the_uncached_argmax_of_each_row(model):
-    expected = [greedy_by_hand(model, prompt, 8, {1}) for prompt in PROMPTS]
+def test_greedy_in_a_batch_equals_the_uncached_argmax_of_each_row(model, plain):
+    expected = [greedy_by_hand(plain, prompt, 8, {1}) for prompt in PROMPTS]
     assert sample(model, temperature=0).responses == expected
     assert sample(model, temperature=0, batch_size=2).responses == expected
     assert sample(model, temperature=0, pad_id=3).responses == expected
 
 
 # T28: every stop id ends a response, and the one that did is kept.
-def test_t28_several_stop_ids(model):
+def test_t28_several_stop_ids(model, plain):
     free = sample(model, temperature=0).responses
     stops = {free[0][2], free[1][4]}
     stopped = sample(model, temperature=0, end_ids=sorted(stops))
-    expected = [greedy_by_hand(model, prompt, 8, stops) for prompt in PROMPTS]
+    expected = [greedy_by_hand(plain, prompt, 8, stops) for prompt in PROMPTS]
     assert stopped.responses == expected
     assert stopped.ended == [response[-1] in stops for response in expected]
     assert stopped.ended[:2] == [True, True]
@@ -89,13 +103,13 @@ def test_t2_the_models_own_generation_settings_take_no_part(model):
 
 
 # T2: no top-k of 50, which transformers applies where nothing is said.
-def test_t2_samples_follow_the_softmax(model):
+def test_t2_samples_follow_the_softmax(model, plain):
     counts = torch.zeros(320)
     for seed in range(10):
         for (token,) in sample(model, [PROMPTS[0]] * 400, max_new_tokens=1, seed=seed).responses:
             counts[token] += 1
     with torch.no_grad():
-        expected = model(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
+        expected = plain(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
     rare = torch.ones(320, dtype=torch.bool)
     rare[expected.topk(50).indices] = False
     share, spread = float(expected[rare].sum()), 4 * (0.25 / 4000) ** 0.5
@@ -111,6 +125,27 @@ def test_the_seed_decides_and_the_global_state_is_left_alone(model):
     assert torch.equal(torch.rand(2), expected)
     assert first == again
     assert first != other
+
+
+def test_a_row_is_sampled_the_same_whatever_stands_beside_it(model):
+    if model.engine == "hf":
+        pytest.skip("generate of transformers draws one stream for the whole batch")
+    together = sample(model, max_new_tokens=12, end_ids=[1, 40, 90, 200])
+    in_parts = sample(model, max_new_tokens=12, end_ids=[1, 40, 90, 200], batch_size=1)
+    assert together == in_parts
+    longer = sample(model, [*PROMPTS, [30] * 40], max_new_tokens=12, end_ids=[1, 40, 90, 200])
+    assert longer.responses[:3] == together.responses
+
+
+def test_tokens_are_chosen_by_inverting_the_cumulative_distribution():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]]).log_softmax(-1).repeat(6, 1)
+    # Probabilities 0.0900, 0.2447, 0.6652, 0: cumulative 0.0900, 0.3348, 1, 1.
+    uniform = torch.tensor([0.0, 0.0899, 0.0901, 0.3347, 0.3349, 0.9999999])
+    assert generation.sample(logits, 1.0, uniform).tolist() == [0, 0, 1, 1, 2, 2]
+    # At temperature 0.5: 0.0159, 0.1173, 0.8668.
+    assert generation.sample(logits, 0.5, uniform).tolist() == [0, 1, 1, 2, 2, 2]
+    never = torch.tensor([[-torch.inf, 0.0]])
+    assert generation.sample(never, 1.0, torch.zeros(1)).tolist() == [1]
 
 
 def test_no_prompts_no_responses(model):

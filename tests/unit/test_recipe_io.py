@@ -30,7 +30,7 @@ pretrain:
     num_heads: 4
     num_kv_heads: 2
     intermediate_size: 64
-    max_positions: 64
+    max_positions: 1024
 sft:
   lr: 1e-5
   batch_size: 8

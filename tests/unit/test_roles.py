@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch.testing import assert_close
 
-from align.errors import ParentError
+from align.errors import InputError, ParentError
 from align.functional import ppo_policy_loss, ppo_value_loss
 from align.roles import Roles
 from align.sequences import Sequences, join
@@ -39,21 +39,25 @@ def folders(make_base, tmp_path):
     }
 
 
-@pytest.fixture
-def roles(make_base, folders):
+def make_roles(base, folders, **settings):
     sft, reward = folders["sft"], folders["reward"]
     return Roles(
-        make_base(),
+        base,
         {"policy": sft, "reference": sft, "reward": reward, "value": reward},
-        reward_head=head(0),
-        value_head=head(0),
+        heads={"reward": head(0), "value": head(0)},
         trainable=("policy", "value"),
+        **settings,
     )
+
+
+@pytest.fixture(params=["native", "hf"])
+def roles(make_base, folders, request):
+    return make_roles(make_base(), folders, engine=request.param)
 
 
 @pytest.fixture
 def batch():
-    return join(PROMPTS, RESPONSES, pad_id=0)
+    return join(PROMPTS, RESPONSES)
 
 
 @torch.no_grad()
@@ -80,11 +84,11 @@ def test_t10_each_role_is_the_model_in_its_folder(make_base, folders, roles, bat
             assert_close(actual[row], expected, rtol=0, atol=2e-5)
 
 
-def test_the_base_role_is_the_bare_base_bit_for_bit(make_base, roles, batch):
-    bare = make_base()(
-        batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
-    ).logits[:, batch.prompt_width - 1 : -1]
-    assert torch.equal(roles.response_logits("base", batch), bare)
+def test_the_base_role_is_the_bare_base(make_base, roles, batch):
+    actual = real(roles.logprobs("base", batch), batch)
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        expected = teacher_forced(make_base(), prompt, response)
+        assert_close(actual[row], expected, rtol=0, atol=2e-5)
 
 
 def test_t16_policy_and_reference_start_equal(roles, batch):
@@ -104,56 +108,85 @@ def test_t11_scores_and_values_by_hand(make_base, folders, roles, batch):
         assert_close(values[row], before, rtol=0, atol=2e-5)
 
 
-def test_padding_row_order_and_company_change_nothing(roles, batch):
-    def everything(sequences):
-        return [
-            *real(roles.logprobs("policy", sequences), sequences),
-            *real(roles.values(sequences), sequences),
-            *roles.scores(sequences),
-        ]
-
-    def widened(extra_left, extra_right):
-        left = torch.zeros(len(batch), extra_left, dtype=torch.long)
-        right = torch.zeros(len(batch), extra_right, dtype=torch.long)
-        return Sequences(
-            torch.cat([left, batch.input_ids, right], 1),
-            torch.cat([left.bool(), batch.attention_mask, right.bool()], 1),
-            torch.cat([batch.response_mask, right.bool()], 1),
+def everything(roles, sequences):
+    """Every role's answer for every text: a list of (log-probabilities, values, score)."""
+    return list(
+        zip(
+            real(roles.logprobs("policy", sequences), sequences),
+            real(roles.values(sequences), sequences),
+            roles.scores(sequences),
+            strict=True,
         )
+    )
 
-    expected = everything(batch)
-    for other in (widened(3, 0), widened(0, 4), widened(2, 2), join(PROMPTS, RESPONSES, 17)):
-        for mine, theirs in zip(everything(other), expected, strict=True):
+
+@pytest.mark.parametrize("order", [[0], [1], [2], [2, 0], [1, 2, 0]])
+def test_row_order_and_company_change_nothing(roles, batch, order):
+    expected = everything(roles, batch)
+    for row, actual in zip(order, everything(roles, batch.rows(order)), strict=True):
+        for mine, theirs in zip(actual, expected[row], strict=True):
             assert_close(mine, theirs, rtol=0, atol=2e-5)
-    alone = [everything(join([p], [r], 0)) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-    for row in range(3):
-        for kind in range(3):
-            assert_close(alone[row][kind], expected[3 * kind + row], rtol=0, atol=2e-5)
 
 
-# T7: a token whose id is the pad id is real where the text says so.
+# T7: a token whose id is the pad id is real where the text says so; padding is not.
 def test_t7_a_pad_valued_token_inside_a_text_counts(roles):
-    with_pad = join([[5, 0, 7]], [[20, 0, 1]], pad_id=0)
-    assert with_pad.attention_mask.all()
-    padded = join([[5, 0, 7], [5, 6, 7, 8]], [[20, 0, 1], [20]], pad_id=0)
+    alone = join([[5, 0, 7]], [[20, 0, 1]])
+    assert alone.response_mask.all()
+    assert alone.padded()[1].all()
+    beside = join([[5, 0, 7], [5, 6, 7, 8]], [[20, 0, 1], [20, 9, 9, 9, 9]])
     assert_close(
-        real(roles.logprobs("policy", padded), padded)[0],
-        roles.logprobs("policy", with_pad)[0],
+        real(roles.logprobs("policy", beside), beside)[0],
+        roles.logprobs("policy", alone)[0],
         rtol=0,
         atol=2e-5,
     )
 
 
-# T26: what stands after the stop token is seen by no role.
-def test_t26_tokens_outside_the_mask_are_invisible(roles, batch):
-    dirty = batch.input_ids.clone()
-    dirty[~batch.attention_mask] = 99
-    dirty = Sequences(dirty, batch.attention_mask, batch.response_mask)
-    assert torch.equal(roles.scores(dirty), roles.scores(batch))
-    for mine, theirs in zip(
-        real(roles.values(dirty), batch), real(roles.values(batch), batch), strict=True
-    ):
-        assert torch.equal(mine, theirs)
+# T7, T26: in padded batches, what stands in the padding is seen by no role.
+def test_t26_what_fills_the_padding_is_invisible(make_base, folders, batch, monkeypatch):
+    roles = make_roles(make_base(), folders, engine="hf")
+    expected = everything(roles, batch)
+    zeros = Sequences.padded
+    monkeypatch.setattr(Sequences, "padded", lambda self: zeros(self, pad_id=99))
+    for mine, theirs in zip(everything(roles, batch), expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def gradients(roles, batch):
+    policy = roles.policy(batch, 0.7, with_entropy=True)
+    loss = (policy.logprobs.sum() + 0.3 * policy.entropy.sum()) + (roles.values(batch) ** 2).sum()
+    loss.backward()
+    return {name: p.grad for name, p in roles.named_parameters() if p.requires_grad}
+
+
+def test_both_engines_give_the_same_numbers_and_gradients(make_base, folders, batch):
+    native, hf = (make_roles(make_base(), folders, engine=e) for e in ("native", "hf"))
+    ours, theirs = gradients(native, batch), gradients(hf, batch)
+    assert len(ours) > 8
+    for name, gradient in theirs.items():
+        assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
+    for mine, expected in zip(everything(native, batch), everything(hf, batch), strict=True):
+        for a, b in zip(mine, expected, strict=True):
+            assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_both_engines_choose_the_same_greedy_tokens(make_base, folders):
+    native, hf = (make_roles(make_base(), folders, engine=e) for e in ("native", "hf"))
+    settings = {"max_new_tokens": 20, "temperature": 0, "pad_id": 0, "seed": 0, "batch_size": 2}
+    sampled = hf.generate("policy", PROMPTS, end_ids=[1], **settings).responses
+    assert native.generate("policy", PROMPTS, end_ids=[1], **settings).responses == sampled
+    # Some rows stop early, the others go on without them.
+    stops = [sampled[0][3], sampled[2][7]]
+    ours = native.generate("policy", PROMPTS, end_ids=stops, **settings)
+    assert ours == hf.generate("policy", PROMPTS, end_ids=stops, **settings)
+    assert any(ours.ended)
+
+
+def test_a_base_with_a_sliding_window_is_refused_by_the_native_engine(folders, make_base):
+    base = make_base()
+    base.config.sliding_window = 8
+    with pytest.raises(InputError, match=r"ppo.rollout.engine=native.*sliding window.*hf"):
+        make_roles(base, folders)
 
 
 def test_base_weights_exist_once(make_base, roles):
@@ -169,7 +202,7 @@ def test_switching_roles_leaves_gradients_alone_and_takes_microseconds(roles, ba
 
     before = trainable()
     assert before
-    assert all(".policy." in n or ".value." in n or "value_head" in n for n in before)
+    assert all(".policy." in n or ".value." in n or "heads.value" in n for n in before)
     for role in ("reference", "reward", "base", "policy"):
         with roles.use(role), roles.use("value"):
             pass
@@ -241,6 +274,7 @@ def test_t9_greedy_sampling_equals_the_uncached_argmax(roles):
     sampled = roles.generate(
         "policy", PROMPTS, max_new_tokens=6, temperature=0, end_ids=[1], pad_id=0, seed=0
     ).responses
+    roles.base.set_attn_implementation("sdpa")
     with roles.use("policy"), torch.no_grad():
         for prompt, response in zip(PROMPTS, sampled, strict=True):
             ids = list(prompt)
@@ -261,7 +295,7 @@ def test_bf16_base_keeps_adapters_and_scores_in_float32(make_base, folders, batc
     roles = Roles(
         copy.deepcopy(make_base()).bfloat16(),
         {"policy": sft, "reward": sft},
-        reward_head=head(0),
+        heads={"reward": head(0)},
         trainable=("policy",),
     )
     assert {p.dtype for p in roles.role_parameters("policy")} == {torch.float32}

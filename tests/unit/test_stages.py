@@ -31,7 +31,7 @@ RECIPE = {
             "num_heads": 2,
             "num_kv_heads": 1,
             "intermediate_size": 8,
-            "max_positions": 8,
+            "max_positions": 1024,
         },
     },
     "sft": {"lr": 0.1, "batch_size": 2},
@@ -159,6 +159,20 @@ def test_a_change_makes_those_stages_stale_that_read_it(
     for stage in expected:
         why = stages.why_not_done(changed, stage)  # type: ignore[arg-type]
         assert why == "its settings in the recipe have changed"
+
+
+@pytest.mark.parametrize("source", ["sft", "pretrain"])
+def test_ppo_reads_what_it_mixes_in(done: Path, source: str) -> None:
+    mixing = recipe(done, ppo__ptx={"coef": 1.0, "source": source})
+    assert set(stages.stage_data(recipe(done), "ppo")) == {"prompts"}
+    assert set(stages.stage_data(mixing, "ppo")) == {"prompts", source}
+    with pytest.raises(ValueError, match=rf"ppo\.ptx\.source: needs a section data\.{source}"):
+        recipe(
+            done,
+            ppo__ptx={"coef": 1.0, "source": source},
+            reward__center_on="none",
+            **{f"data__{source}": None},
+        )
 
 
 def test_changed_data_make_their_stage_stale(done: Path) -> None:

@@ -1,0 +1,155 @@
+"""Causal attention on packed rows, and on one new token per row against a cache.
+
+Registered with transformers as the attention implementation ``align``: the models' own code runs
+everything else. A batch of texts is one row ``[1, N]`` of all their tokens, without padding;
+attention alone looks at where each text begins and ends.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
+
+NAME = "align"
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of every layer, in buffers that are filled in place.
+
+    A row's prompt ends at column ``width``, wherever it begins; new tokens follow in the same
+    columns for all rows. So one write and one slice serve the whole batch.
+    """
+
+    lengths: list[int]  # tokens of each row's prompt, of all rows at the start
+    max_new_tokens: int
+    filled: int = 0  # columns in use
+    keys: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, heads, columns, d]
+    values: dict[int, Tensor] = field(default_factory=dict)
+    bias: Tensor | None = None  # [B, 1, 1, columns], -inf before a row's first token
+
+    @property
+    def width(self) -> int:
+        """Columns of the longest prompt."""
+        return max(self.lengths)
+
+    def start(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store the packed prompts' keys and values ``[1, heads, N, d]`` of one layer."""
+        shape = (len(self.lengths), keys.shape[1], self.width + self.max_new_tokens, keys.shape[3])
+        for buffers, packed in ((self.keys, keys), (self.values, values)):
+            # Zeros, not garbage: a masked NaN would still be NaN after the softmax.
+            buffers[layer] = packed.new_zeros(shape)
+            for row, part in enumerate(packed[0].split(self.lengths, dim=1)):
+                buffers[layer][row, :, self.width - part.shape[1] : self.width] = part
+
+    def finish_prompts(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Mark the prompts' columns as filled, and the gaps before short prompts as empty."""
+        self.filled = self.width
+        if min(self.lengths) < self.width:
+            columns = torch.arange(self.width + self.max_new_tokens, device=device)
+            first = self.width - torch.tensor(self.lengths, device=device)
+            empty = columns < first[:, None]
+            bias = torch.zeros(empty.shape, dtype=dtype, device=device)
+            self.bias = bias.masked_fill(empty, -torch.inf)[:, None, None, :]
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one new token per row ``[B, heads, 1, d]``; return all keys and values so far."""
+        rows, column = len(keys), self.filled
+        result = []
+        for buffers, new in ((self.keys, keys), (self.values, values)):
+            buffers[layer][:rows, :, column] = new[:, :, 0]
+            result.append(buffers[layer][:rows, :, : column + 1])
+        return result[0], result[1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these, whose order stays: what is finished costs nothing any more."""
+        for buffer in (*self.keys.values(), *self.values.values()):
+            buffer[: len(rows), :, : self.filled] = buffer[rows, :, : self.filled]
+        if self.bias is not None:
+            self.bias = self.bias[rows]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens of a forward pass belong together.
+
+    Either ``lengths`` of packed texts, whose keys go into ``cache`` if there is one; or none, and
+    the batch is one new token per row of ``cache``.
+    """
+
+    lengths: Sequence[int] | None = None
+    cache: KeyValueCache | None = None
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    layout: Layout | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each text; the signature is that of transformers' attention functions.
+
+    Args:
+        query: ``[1, heads, N, d]`` of packed texts, or ``[B, heads, 1, d]`` while decoding.
+        key, value: the same with fewer heads where queries share them.
+
+    Returns:
+        ``[1, N, heads, d]`` or ``[B, 1, heads, d]``, and None for the weights.
+    """
+    assert layout is not None
+    if layout.lengths is not None:
+        if layout.cache is not None:
+            layout.cache.start(_layer(module), key, value)
+        return _packed(query, key, value, list(layout.lengths), scaling), None
+    assert layout.cache is not None
+    keys, values = layout.cache.append(_layer(module), key, value)
+    bias = layout.cache.bias
+    if bias is not None:
+        bias = bias[..., : keys.shape[2]]
+    # Queries that share a key head stand side by side, as rows of one small matrix.
+    rows, heads, size = query.shape[0], query.shape[1], query.shape[3]
+    grouped = query.reshape(rows, keys.shape[1], heads // keys.shape[1], size)
+    output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=scaling)
+    return output.reshape(rows, 1, heads, size), None
+
+
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None
+) -> Tensor:
+    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    outputs = [
+        F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        ).transpose(1, 2)
+        for q, k, v in parts
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _layer(module: nn.Module) -> int:
+    index = module.layer_idx
+    assert isinstance(index, int)
+    return index
+
+
+def why_not_packed(config: PretrainedConfig) -> str | None:
+    """Return why a model of this configuration cannot run on packed rows, or None if it can."""
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return "its attention sees a sliding window only"
+    if len(set(getattr(config, "layer_types", None) or ["full_attention"])) > 1:
+        return "its layers differ in their kind of attention"
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale"):
+        if getattr(config, key, None):
+            return f"its configuration sets {key}"
+    return None
+
+
+AttentionInterface.register(NAME, attention)

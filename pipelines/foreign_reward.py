@@ -1,0 +1,180 @@
+"""Reward models that do not share the policy's base, tokenizer or template: they read its text.
+
+The response is decoded, rendered with the prompt by the reward model's own tokenizer and template,
+and scored at the last token of that rendering. The policy still learns from the tokens it sampled.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from align.adapters import CONFIG
+from align.attention import why_not_packed
+from align.errors import InputError, ParentError, TrainingError
+from align.functions import Chat
+from align.manifest import BaseFacts, Manifest
+from align.models import base_facts, check_lengths, compute_device, load_causal_lm
+from align.recipe import Base, Recipe
+from align.roles import Roles
+from align.sequences import join, micro_batches
+from data.records import Message, Prompt
+from data.render import Renderer, Unusable, render_all
+from data.tokenizer import template_sha256, tokenizer_sha256
+from reward.model import load_score_head
+
+
+@dataclass(frozen=True)
+class ForeignRewards:
+    """Reward models on one base of their own, as the roles ``reward0``, ``reward1``, ..."""
+
+    folders: tuple[Path, ...]  # of their stages
+    roles: Roles
+    renderer: Renderer
+    positions: int  # tokens that the base can read
+    batch_size: int  # rows per forward pass
+
+    @torch.no_grad()
+    def scores(self, number: int, prompts: Sequence[Chat], responses: Sequence[str]) -> Tensor:
+        """Return the scores that one of the models gives to responses, ``[B]`` float32.
+
+        A response that ran into its length limit is rendered as if it had ended there; what that
+        costs is for ``ppo.missing_eos`` to say.
+
+        Raises:
+            TrainingError: the template or the tokenizer cannot write a response.
+        """
+        rows = [self._render(*row) for row in zip(prompts, responses, strict=True)]
+        sequences = join(*zip(*rows, strict=True)).to(self.roles.device)
+        parts = micro_batches(sequences.lengths, rows=self.batch_size)
+        role = f"reward{number}"
+        return torch.cat([self.roles.scores(sequences.rows(part), role) for part in parts])
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse prompts that the reward models cannot be shown, before training meets one.
+
+        Raises:
+            InputError: with the counts by reason.
+        """
+        _, lost = render_all(prompts, lambda prompt: self.renderer.prompt(prompt.messages))
+        if lost:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(lost.items()))
+            raise InputError(
+                f"{self.folders[0]}: {lost.total()} of {len(prompts)} prompts cannot be written by"
+                f" its template and tokenizer ({reasons}); remove them from data.prompts"
+            )
+
+    def _render(self, prompt: Chat, response: str) -> tuple[list[int], list[int]]:
+        """Return the ids of prompt and response; what does not fit is the prompt's beginning."""
+        messages = [Message(turn["role"], turn["content"]) for turn in prompt]
+        try:
+            prompt_ids = self.renderer.prompt(messages)
+            response_ids = self.renderer.response(messages, response)
+        except Unusable as error:
+            raise TrainingError(
+                f"{self.folders[0]}: its template and tokenizer cannot write the response"
+                f" {response[:80]!r} ({error.reason})"
+            ) from None
+        room = self.positions - len(response_ids)
+        if len(prompt_ids) > room:
+            narrower = Renderer(self.renderer.tokenizer, room, self.positions)
+            prompt_ids = narrower.prompt(messages)
+        return prompt_ids, response_ids
+
+
+def load_foreign_rewards(
+    recipe: Recipe, folders: Sequence[Path], manifest: Manifest, *, batch_size: int
+) -> ForeignRewards:
+    """Load finished reward models that were made on one base with one tokenizer and template.
+
+    The base is loaded once, in the dtype that the recipe gives to its own.
+
+    Args:
+        recipe: of the run that scores, not of the one that made the models.
+        folders: of their reward stages.
+        manifest: of the first one; base, tokenizer and template of all are those in it.
+        batch_size: rows per forward pass; only speed and memory depend on it.
+
+    Raises:
+        ParentError: the base cannot be found or has no room for the recipe's conversations; base,
+            tokenizer or template are not those that the stage was finished with; an adapter does
+            not fit the base.
+        RewardModelError: a score head is missing or malformed.
+    """
+    assert recipe.ppo is not None
+    limits, max_new_tokens = recipe.data, recipe.ppo.max_new_tokens
+    models = [folder / "model" for folder in folders]
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    with _named(folders[0]):
+        location, revision = _base_location(models[0]), manifest.base.revision
+        _check_origin(tokenizer, base_facts(location, revision), manifest)
+        base = Base(id=location, revision=revision, dtype=recipe.base.dtype)
+        causal_lm = load_causal_lm(recipe.model_copy(update={"base": base}), location)
+        check_lengths(
+            causal_lm,
+            tokenizer,
+            limits.max_prompt_tokens + max_new_tokens,
+            "data.max_prompt_tokens + ppo.max_new_tokens",
+        )
+    roles = Roles(
+        causal_lm,
+        {f"reward{i}": model for i, model in enumerate(models)},
+        heads={f"reward{i}": load_score_head(model) for i, model in enumerate(models)},
+        engine="hf" if why_not_packed(causal_lm.config) else recipe.ppo.rollout.engine,
+    )
+    positions = getattr(causal_lm.config, "max_position_embeddings", None) or sys.maxsize
+    return ForeignRewards(
+        tuple(folders),
+        roles.to(compute_device()),
+        Renderer(tokenizer, limits.max_prompt_tokens, positions - 1),
+        positions,
+        batch_size,
+    )
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Begin messages about a model with the folder that the recipe names it by."""
+    try:
+        yield
+    except InputError as error:
+        raise ParentError(f"{folder}: {error}") from error
+
+
+def _check_origin(tokenizer: PreTrainedTokenizerBase, base: BaseFacts, manifest: Manifest) -> None:
+    """Refuse a model whose base, tokenizer or template have changed since it was made."""
+    for what, found, expected in (
+        ("base", base.sha256, manifest.base.sha256),
+        ("tokenizer", tokenizer_sha256(tokenizer), manifest.tokenizer_sha256),
+        ("chat template", template_sha256(tokenizer), manifest.template_sha256),
+    ):
+        if found != expected:
+            raise ParentError(
+                f"its {what} ({found[:12]}) is not the one that it was made with"
+                f" ({expected[:12]}); run its reward stage again"
+            )
+
+
+def _base_location(model: Path) -> str:
+    """Return where the base of a saved adapter lies: a folder, also where a tree was moved, or a
+    hub id.
+    """
+    path = model / CONFIG
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ParentError(f"{path}: names no base: {error!r}") from None
+    folder = model / stored  # an absolute path stays itself
+    if folder.is_dir():
+        return str(folder.resolve())
+    if stored.startswith((".", "/")):
+        raise ParentError(
+            f"{path}: its base {stored} is not there; move the whole run tree, with its base"
+        )
+    return str(stored)

@@ -1,0 +1,113 @@
+"""Copies of the policy that training makes beside it: the best one so far, and a moving average."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from align.recipe_ppo import Ppo
+from align.roles import Roles
+from pipelines.probe import Probe
+
+
+class BestPolicy:
+    """Keeps the parameters as they were when the probe's value was highest, in main memory."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self._kept: list[Tensor] = []
+        self.step: int | None = None  # when the kept copy was taken
+        self.value = -float("inf")
+
+    def offer(self, step: int, value: float) -> bool:
+        """Keep the parameters as they stand if ``value`` is above all before; return if so."""
+        if not value > self.value:
+            return False
+        self.step, self.value = step, value
+        self._kept = [p.detach().to("cpu", copy=True) for p in self._parameters]
+        return True
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the kept values back into the parameters; before the first offer, change nothing."""
+        if self.step is None:
+            return
+        for parameter, kept in zip(self._parameters, self._kept, strict=True):
+            parameter.copy_(kept)
+
+
+class PolicyEma:
+    """An exponential moving average of the parameters, which starts as what they are now.
+
+    In float32, whatever the parameters are: in bfloat16 steps as small as ``1 - decay`` would be
+    rounded away. Of a LoRA role the factors are averaged, not their product.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        self._parameters = list(parameters)
+        self._averages: list[Tensor] = [p.detach().float().clone() for p in self._parameters]
+        self._average = get_ema_multi_avg_fn(decay)
+
+    def update(self) -> None:
+        """Take note of the parameters: ``average = decay * average + (1 - decay) * parameter``."""
+        self._average(self._averages, [p.detach().float() for p in self._parameters], None)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Put the averages into the parameters, for good."""
+        for parameter, average in zip(self._parameters, self._averages, strict=True):
+            parameter.copy_(average)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the averages into the parameters for a while, for a look at the averaged policy."""
+        trained = [p.detach().clone() for p in self._parameters]
+        self.apply()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self._parameters, trained, strict=True):
+                    parameter.copy_(value)
+
+
+class KeptPolicy:
+    """Which policy a run ends with: the last one, the best one (``keep``), or their average.
+
+    Args:
+        probe: looks at the policy that would be kept if training ended now.
+    """
+
+    def __init__(self, section: Ppo, roles: Roles, probe: Probe) -> None:
+        self._kl, self._probe = section.kl, probe
+        policy, value = roles.role_parameters("policy"), roles.role_parameters("value")
+        self._best = BestPolicy(policy + value) if section.keep == "best" else None
+        self._ema = PolicyEma(policy, section.ema) if section.ema is not None else None
+
+    def after_update(self) -> None:
+        """Take note of the policy after the updates of a rollout."""
+        if self._ema is not None:
+            self._ema.update()
+
+    def look(self, step: int) -> dict[str, float]:
+        """Return what the probe says of the policy, and keep it if it is the best so far.
+
+        It is worth the probe's score less its KL penalty: what PPO maximises, on held-out prompts.
+        """
+        with self._ema.applied() if self._ema is not None else nullcontext():
+            metrics = self._probe.look(step)
+        if self._best is not None:
+            coef = self._kl.coef or self._kl.loss_coef
+            self._best.offer(step, metrics["probe/score"] - coef * metrics["probe/kl"])
+        return metrics
+
+    def settle(self) -> dict[str, float]:
+        """Put the policy to keep into the parameters; return ``best_step`` where it is the best."""
+        if self._ema is not None:
+            self._ema.apply()
+        if self._best is None:
+            return {}
+        self._best.restore()
+        return {"best_step": float(self._best.step or 0)}

@@ -1,0 +1,209 @@
+"""The update of PPO: several epochs of clipped steps on one rollout."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from align.engine import Engine
+from align.errors import TrainingError
+from align.functional import (
+    entropy_bonus,
+    explained_variance,
+    kl_loss,
+    masked_sum,
+    ppo_policy_loss,
+    ppo_value_loss,
+)
+from align.recipe_ppo import Ppo
+from align.roles import PolicyOutput, Roles
+from align.sequences import Sequences, micro_batches
+from pipelines.ptx import Ptx
+from pipelines.rollout import Rollout, cut
+from pipelines.shaping import Estimates
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The rows of one forward pass: ``b`` of them, ``r`` response tokens."""
+
+    sequences: Sequences
+    mask: Tensor  # [b, r] bool
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    num_tokens: Tensor  # response tokens of the whole optimiser step
+
+
+class Updater:
+    """Runs the epochs of one rollout after another.
+
+    Args:
+        ptx: language modelling mixed into the policy's loss, None without.
+        tolerance: how far the ratio may be from 1 before the first step of a rollout.
+    """
+
+    def __init__(
+        self, roles: Roles, engine: Engine, section: Ppo, *, ptx: Ptx | None, tolerance: float
+    ) -> None:
+        self._roles, self._engine, self._section = roles, engine, section
+        self._ptx, self._tolerance = ptx, tolerance
+        self._policy = roles.role_parameters("policy")
+        self._critic = roles.role_parameters("value")
+        self._ptx_steps = 0
+
+    def update(
+        self, rollout: Rollout, estimates: Estimates, *, seed: int, policy: bool = True
+    ) -> dict[str, float]:
+        """Run the epochs on one rollout and return their mean metrics.
+
+        The first epoch takes the rows as they come, in the micro-batches that the log-probabilities
+        were computed in; later epochs shuffle them.
+
+        Args:
+            policy: False trains the critic only.
+
+        Raises:
+            TrainingError: the ratio is not 1 before the first step; a parameter got no gradient; a
+                gradient is not finite.
+        """
+        section = self._section
+        generator = torch.Generator().manual_seed(seed)
+        trained = self._policy + self._critic if policy else self._critic
+        totals: dict[str, float] = {}
+        norms: list[float] = []
+        tokens_seen, first_error = 0.0, 0.0
+        for epoch in range(section.epochs):
+            order = list(range(len(rollout.scores)))
+            if epoch > 0:
+                order = torch.randperm(len(order), generator=generator).tolist()
+            for minibatch in micro_batches(order, rows=section.minibatch_size):
+                rows = [order[i] for i in minibatch]
+                num_tokens = rollout.mask[rows].sum()
+                for part in self._parts(rollout, estimates, rows, num_tokens):
+                    sums = self._backward(part, estimates.kl_loss_coef, policy=policy)
+                    error = sums.pop("ratio_max_error", 0.0)
+                    if not norms:
+                        self._check_ratio(error)
+                        first_error = max(first_error, error)
+                    for key, value in sums.items():
+                        totals[key] = totals.get(key, 0.0) + value
+                if policy and self._ptx is not None:
+                    ptx = self._backward_ptx() * float(num_tokens)
+                    totals["ptx_loss"] = totals.get("ptx_loss", 0.0) + ptx
+                tokens_seen += float(num_tokens)
+                norms.append(self._engine.step(trained))
+        metrics = {f"ppo/{key}": value / tokens_seen for key, value in totals.items()}
+        metrics["ppo/ratio_first_max_error"] = first_error
+        metrics["grad_norm"] = sum(norms) / len(norms)
+        explained = explained_variance(rollout.values, estimates.returns, rollout.mask)
+        if explained == explained:  # NaN where all returns are equal
+            metrics["ppo/explained_variance"] = explained
+        return metrics
+
+    def _parts(
+        self, rollout: Rollout, estimates: Estimates, rows: list[int], num_tokens: Tensor
+    ) -> list[Part]:
+        lengths = tuple(rollout.sequences.lengths[row] for row in rows)
+        parts = []
+        for group in cut(lengths, self._section):
+            chosen = [rows[i] for i in group]
+            sequences = rollout.sequences.rows(chosen)
+            width = sequences.response_mask.shape[1]
+            parts.append(
+                Part(
+                    sequences,
+                    sequences.response_mask,
+                    logprobs=rollout.logprobs[chosen, :width],
+                    ref_logprobs=rollout.ref_logprobs[chosen, :width],
+                    values=rollout.values[chosen, :width],
+                    advantages=estimates.advantages[chosen, :width],
+                    returns=estimates.returns[chosen, :width],
+                    num_tokens=num_tokens,
+                )
+            )
+        return parts
+
+    def _backward(self, part: Part, kl_loss_coef: float, *, policy: bool) -> dict[str, float]:
+        """Add the gradients of one micro-batch; return token sums of what is logged.
+
+        Policy and critic go through their passes one after the other: with gradient checkpointing
+        a second role would be recomputed under the wrong adapter. A critic on the policy's hidden
+        states shares its pass.
+        """
+        section, shared = self._section, self._roles.value_on_policy
+        loss, values = torch.zeros(()), None
+        sums: dict[str, Tensor] = {}
+        if policy or shared:
+            output = self._roles.policy(
+                part.sequences, section.temperature, with_entropy=section.entropy_coef > 0
+            )
+            values = output.values
+            if policy:
+                loss, sums = self._policy_loss(part, output, kl_loss_coef)
+        if policy and not shared:
+            self._engine.backward(loss)
+        value = ppo_value_loss(
+            values if values is not None else self._roles.values(part.sequences),
+            part.values,
+            part.returns,
+            part.mask,
+            clip=section.value_clip,
+            num_tokens=part.num_tokens,
+        )
+        value_loss = section.value_coef * value.loss
+        self._engine.backward(loss + value_loss if policy and shared else value_loss)
+        sums = sums | value.sums | {"value_loss": value.loss.detach() * part.num_tokens}
+        return {key: float(x) for key, x in sums.items()}
+
+    def _policy_loss(
+        self, part: Part, output: PolicyOutput, kl_loss_coef: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        section, num_tokens = self._section, part.num_tokens
+        clipped = ppo_policy_loss(
+            output.logprobs,
+            part.logprobs,
+            part.advantages,
+            part.mask,
+            clip=section.clip,
+            dual_clip=section.dual_clip,
+            num_tokens=num_tokens,
+        )
+        loss = clipped.loss
+        sums = clipped.sums | {"policy_loss": loss.detach() * num_tokens}
+        if kl_loss_coef > 0:
+            penalty = kl_loss(
+                section.kl.estimator,
+                output.logprobs,
+                part.ref_logprobs,
+                part.mask,
+                num_tokens=num_tokens,
+            )
+            loss = loss + kl_loss_coef * penalty
+            sums["kl_loss"] = penalty.detach() * num_tokens
+        if output.entropy is not None:
+            loss = loss - section.entropy_coef * entropy_bonus(
+                output.entropy, part.mask, num_tokens=num_tokens
+            )
+            sums["entropy"] = masked_sum(output.entropy.detach(), part.mask)
+        return loss, sums
+
+    def _backward_ptx(self) -> float:
+        """Add the gradient of language modelling, and return its loss."""
+        assert self._ptx is not None
+        assert self._section.ptx is not None
+        loss, _ = self._ptx.loss(self._roles, self._ptx_steps)
+        self._ptx_steps += 1
+        self._engine.backward(self._section.ptx.coef * loss)
+        return float(loss.detach())
+
+    def _check_ratio(self, error: float) -> None:
+        if error > self._tolerance:
+            raise TrainingError(
+                "before the first update of the rollout, |ratio - 1| is up to"
+                f" {error:.2e} (allowed {self._tolerance:.0e}), but sampling and updated policy are"
+                " the same; the likely causes are dropout, padding or position ids that differ"
+                " between rollout and update, or another temperature"
+            )

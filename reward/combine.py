@@ -1,0 +1,71 @@
+"""Several rewards made one: weighted sums, and ensembles that distrust what their models dispute.
+
+Pure functions on scores ``[M, B]``: of M sources or models, for B responses. Computed in float32.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def weighted_sum(scores: Tensor, weights: Sequence[float]) -> Tensor:
+    """Add up the scores of several sources.
+
+        sum over m of weights[m] * scores[m, b]
+
+    The scores are taken as they come: a source whose scores spread twice as far weighs twice.
+
+    Args:
+        scores: ``[M, B]``.
+        weights: M of them, of either sign.
+
+    Returns:
+        ``[B]`` float32.
+    """
+    assert len(weights) == len(scores), f"{len(weights)} weights for {len(scores)} sources"
+    per_source = torch.tensor(weights, dtype=torch.float32, device=scores.device)
+    return (per_source[:, None] * scores.float()).sum(0)
+
+
+def ensemble_score(scores: Tensor, std_penalty: float) -> Tensor:
+    """Average the scores of several models, less where they disagree.
+
+        mean over m of scores[m, b]  -  std_penalty * disagreement[b]
+
+    The uncertainty-weighted ensemble of Coste et al. 2023 with the standard deviation in place of
+    their variance: the penalty then has the unit of the scores.
+
+    Args:
+        scores: ``[M, B]``.
+        std_penalty: not negative; 0 gives the mean.
+
+    Returns:
+        ``[B]`` float32.
+    """
+    return scores.float().mean(0) - std_penalty * disagreement(scores)
+
+
+def disagreement(scores: Tensor) -> Tensor:
+    """Return the standard deviation over the models, ``[M, B]`` to ``[B]`` float32.
+
+    The biased one (divides by M): the spread of exactly these models, 0 for a single one.
+    """
+    return scores.float().std(0, correction=0)
+
+
+def source_metrics(scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return what each source gave on average.
+
+    Args:
+        scores: by the source's name, ``[M, B]`` of its M models; M is 1 for a plain source.
+
+    Returns:
+        ``score/<name>``, the mean over responses and models, before weight and penalty, and
+        for ensembles ``score/<name>/std``, the mean disagreement.
+    """
+    metrics = {f"score/{name}": float(rows.float().mean()) for name, rows in scores.items()}
+    ensembles = {name: rows for name, rows in scores.items() if len(rows) > 1}
+    return metrics | {
+        f"score/{name}/std": float(disagreement(rows).mean()) for name, rows in ensembles.items()
+    }
