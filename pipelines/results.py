@@ -259,6 +259,8 @@ def _change(
     sentences = [
         f"{where} the mean {label} went from {decimal(before)} (SFT) to {decimal(after)} (PPO)."
     ]
+    if worse := _worse_categories(metrics):
+        sentences.append(f"It fell in {' and '.join(worse)}.")
     if "ppo/win_rate/mean" in metrics:
         low, high = metrics["ppo/win_rate/low"], metrics["ppo/win_rate/high"]
         if low <= 0.5 <= high:
@@ -275,6 +277,17 @@ def _change(
             " training worked, not that answers are better."
         )
     return sentences
+
+
+def _worse_categories(metrics: dict[str, float]) -> list[str]:
+    """Return the categories that the mean hides: gold fell there by 0.05 or more."""
+    worse = []
+    for key, before in metrics.items():
+        model, _, name = key.partition("/gold/")
+        after = metrics.get(f"ppo/gold/{name}", before)
+        if model == "sft" and name not in ("mean", "low", "high") and before - after >= 0.05:
+            worse.append(f"{name} ({decimal(before)} to {decimal(after)})")
+    return worse
 
 
 def _change_figures(metrics: dict[str, float], key: str, label: str, judge: str) -> list[Figure]:

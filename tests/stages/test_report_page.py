@@ -13,7 +13,7 @@ import pytest
 from align.recipe import StageName
 from pipelines.report import render, write_report
 from pipelines.run_facts import read_run
-from tests.run_tree import write_rows, write_run
+from tests.run_tree import write_rows, write_run, write_stage
 
 ROOT = Path(__file__).parents[2]
 PLANTED = '<script>document.title="planted"</script><img src=x onerror=alert(1)> $5 & {{ 7*7 }}'
@@ -50,6 +50,19 @@ def test_any_finished_stages_make_a_page(
     assert ("Gold score" in page) == (gold and "evaluate" in stages)
     assert ('id="reward-model"' in page) == ("reward" in stages)
     assert ('id="overoptimisation"' in page) == ("ppo" in stages)
+
+
+def test_the_headline_names_the_categories_that_got_worse(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "mini")
+    metrics = dict(read_run(run)["evaluate"].final())
+    assert "It fell" not in render(read_run(run), run)
+    before = {"helpful": 0.5, "format": 0.5, "honest": 0.5, "harmless": 0.81}
+    after = {"helpful": 0.16, "format": 0.62, "honest": 0.46, "harmless": 0.7}
+    for model, golds in (("sft", before), ("ppo", after)):
+        metrics |= {f"{model}/gold/{name}": gold for name, gold in golds.items()}
+    write_stage(run / "evaluate", "evaluate", [], metrics)
+    page = render(read_run(run), run)
+    assert "It fell in helpful (0.50 to 0.16) and harmless (0.81 to 0.70)." in page
 
 
 def test_text_from_models_and_data_is_escaped(tmp_path: Path) -> None:
