@@ -210,6 +210,6 @@ def _check_saved(roles: Roles, folder: Path) -> None:
         for path in sorted(folder.glob("*.safetensors"))
         for tensor in load_file(path).values()
     ]
-    live = {id(p): float(p.double().sum()) for p in roles.role_parameters("policy")}
+    live = {id(p): float(p.detach().double().sum()) for p in roles.role_parameters("policy")}
     if sorted(saved) != sorted(live.values()):
         raise TrainingError(f"{folder}: the saved policy is not the one in memory")

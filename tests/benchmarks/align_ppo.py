@@ -6,7 +6,8 @@
 Runs the ``collect``, ``estimate`` and ``update`` of the PPO stage on the exported checkpoints and
 prompts, in a process set up as a stage's is. The modes: ``full`` trains all weights of policy and
 critic, ``lora`` an adapter each in all layers, ``lora-policy-trunk`` has the critic's head on the
-policy's hidden states, ``lora-top-half`` has adapters in the upper half of the layers only. The
+policy's hidden states, ``lora-top-half`` has adapters in the upper half of the layers only, and
+the last mode both. The
 JSON has the keys of the other program's. The first update is warm-up and is not counted.
 """
 
@@ -54,7 +55,7 @@ from pipelines.shaping import ScoreScaler, estimate  # noqa: E402
 from pipelines.update import Updater  # noqa: E402
 from reward.model import ScoreHead  # noqa: E402
 
-MODES = ("full", "lora", "lora-policy-trunk", "lora-top-half")
+MODES = ("full", "lora", "lora-policy-trunk", "lora-top-half", "lora-top-half-policy-trunk")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -102,7 +103,7 @@ def build(mode: str, dtype: str, workload: Workload) -> LoadedRoles:
         r=settings["lora_r"],
         alpha=settings["lora_alpha"],
         targets=tuple(settings["lora_targets"]),
-        layers="top-half" if mode == "lora-top-half" else "all",
+        layers="top-half" if "top-half" in mode else "all",
     )
     models: dict[str, PreTrainedModel] = {}
     on_base = ["policy", "reference", "reward", "value"]
@@ -110,7 +111,7 @@ def build(mode: str, dtype: str, workload: Workload) -> LoadedRoles:
         on_base = ["reference", "reward"]
         models["policy"] = AutoModelForCausalLM.from_pretrained(folder / "policy").float()
         models["value"] = AutoModel.from_pretrained(folder / "value").float()
-    elif mode == "lora-policy-trunk":
+    elif "policy-trunk" in mode:
         on_base.remove("value")
     torch.manual_seed(settings["seed"])
     with tempfile.TemporaryDirectory() as temporary:
@@ -151,6 +152,7 @@ def ppo_section(mode: str, workload: Workload) -> Ppo:
             "steps": w["updates"],
             "batch_size": w["batch"],
             "minibatch_size": w["batch"] // w["minibatches"],
+            "max_tokens_per_microbatch": 1024,
             "epochs": w["ppo_epochs"],
             "max_new_tokens": w["max_new_tokens"],
             "temperature": w["temperature"],
@@ -161,7 +163,7 @@ def ppo_section(mode: str, workload: Workload) -> Ppo:
             "value_coef": w["vf_coef"],
             "kl": {"coef": w["kl_coef"]},
             "missing_eos": None if penalty is None else {"mode": "subtract", "value": penalty},
-            "value": {"trunk": "policy" if mode == "lora-policy-trunk" else "own"},
+            "value": {"trunk": "policy" if "policy-trunk" in mode else "own"},
             "layout": "separate" if mode == "full" else "shared",
         }
     )

@@ -7,7 +7,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,12 +27,15 @@ def one_thread() -> dict[str, str]:
     }
 
 
-def run(command: Sequence[str | Path], log: Path) -> None:
+def run(
+    command: Sequence[str | Path], log: Path, settings: Mapping[str, str] | None = None
+) -> None:
     """Run a process on one thread, its output in the file ``log``; stop if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     line = shlex.join(map(str, command))
     with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(list(command), env=one_thread(), stdout=file, stderr=file, cwd=ROOT)
+        env = one_thread() | dict(settings or {})
+        done = subprocess.run(list(command), env=env, stdout=file, stderr=file, cwd=ROOT)
     if done.returncode:
         end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-20:])
         sys.exit(f"failed with code {done.returncode}: {line}\n{end}\n(all of it: {log})")

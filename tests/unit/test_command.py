@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch.command import Python, report_command, stage_command
+from launch.command import KEEP_MEMORY, Python, report_command, stage_command
 
 HOUSE = Python("/env/bin/python", Path("/house"), {})
 
@@ -23,10 +23,10 @@ def test_stage_command() -> None:
         "name=x y",
         "--force",
     )
-    assert command.env == {"PYTHONSAFEPATH": "1", "PYTHONPATH": "/house"}
+    assert command.env == {"PYTHONSAFEPATH": "1", "PYTHONPATH": "/house"} | KEEP_MEMORY
     line = command.shell_line()
-    assert line.startswith("PYTHONSAFEPATH=1 PYTHONPATH=/house /env/bin/python -m pipelines.stage")
-    assert shlex.split(line)[2:] == list(command.argv)
+    assert line.startswith("PYTHONSAFEPATH=1 PYTHONPATH=/house MALLOC_")
+    assert shlex.split(line)[len(command.env) :] == list(command.argv)
 
 
 def test_report_command() -> None:
@@ -37,7 +37,14 @@ def test_our_packages_come_before_an_inherited_path() -> None:
     inherited = os.pathsep.join(["/mine", "", "/house"])
     python = Python("python", Path("/house"), {"PYTHONPATH": inherited, "SECRET": "x"})
     env = stage_command(python, "ppo", Path("r.yaml")).env
-    assert env == {"PYTHONSAFEPATH": "1", "PYTHONPATH": f"/house{os.pathsep}/mine"}
+    assert env["PYTHONPATH"] == f"/house{os.pathsep}/mine"
+    assert "SECRET" not in env
+
+
+def test_what_the_user_says_about_memory_holds() -> None:
+    python = Python("python", Path("/house"), {"MALLOC_TOP_PAD_": "5"})
+    env = stage_command(python, "ppo", Path("r.yaml")).env
+    assert env.keys() & KEEP_MEMORY.keys() == KEEP_MEMORY.keys() - {"MALLOC_TOP_PAD_"}
 
 
 def test_a_data_module_in_the_working_directory_does_not_win(tmp_path: Path) -> None:
