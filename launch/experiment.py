@@ -18,6 +18,7 @@ from align.stages import (
     parent_stages,
     planned_stages,
     read_parents,
+    read_reward_models,
     run_directory,
     source_fingerprint,
     stage_data,
@@ -161,7 +162,8 @@ def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
 
     Raises:
         ChildError: a stage has failed; the later ones were not started.
-        InputError: a file of any of the stages is missing, or the run directory cannot be written.
+        InputError: a file or another run's stage that any of the stages needs is missing, or the
+            run directory cannot be written.
     """
     settings = experiment.settings
     for stage in stages:
@@ -172,7 +174,7 @@ def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
             settings.say(f"{stage}: up to date")
         else:
             if not experiment.ran:
-                _check_data(experiment, stages)
+                _check_inputs(experiment.recipe, stages)
             settings.say(f"{stage}: running ({why})")
             started = time.monotonic()
             _start(experiment.command(stage), sys.stderr if settings.json else None)
@@ -240,12 +242,16 @@ def _check_place(directory: Path) -> None:
     raise InputError(f"{directory}: cannot be made: {problem}; change name or run.root")
 
 
-def _check_data(experiment: Experiment, stages: Sequence[StageName]) -> None:
-    """Look for the files of every stage before the first one starts."""
+def _check_inputs(recipe: Recipe, stages: Sequence[StageName]) -> None:
+    """Look for what every stage is given from outside before the first one starts."""
     for stage in stages:
-        for data in stage_data(experiment.recipe, stage).values():
+        for data in stage_data(recipe, stage).values():
             for source in (*data.train, *data.heldout):
-                source_fingerprint(experiment.recipe, source)
+                source_fingerprint(recipe, source)
+        for parent in parent_stages(recipe, stage):
+            if getattr(recipe.run.parents, parent, None):
+                read_manifest(stage_directory(recipe, parent), parent)
+        read_reward_models(recipe, stage)
 
 
 def _start(command: Command, stdout: int | TextIO | None) -> None:

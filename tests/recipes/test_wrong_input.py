@@ -1,9 +1,9 @@
 """What a user does wrong: one message that says where, exit code 2, soon, and nothing written."""
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,11 +33,17 @@ def align(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def processor_seconds() -> float:
+    """Return what the processes that have ended took; a busy machine does not stretch it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def refused(cwd: Path, *words: str) -> str:
     before = sorted(cwd.rglob("*"))
-    started = time.monotonic()
+    started = processor_seconds()
     done = align(cwd, *words)
-    assert time.monotonic() - started < 5
+    assert processor_seconds() - started < 5
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stdout in ("", "sft: running (no finished result yet)\n")
     assert "Traceback" not in done.stderr

@@ -197,6 +197,21 @@ def test_data_of_a_later_stage_is_looked_for_before_the_first_starts(place: Path
     align(place, "sft", "r.yaml")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("run.parents.reward=gone/reward", "ppo.reward=model"),
+        ("ppo.reward=[{model: gone/reward}]",),
+    ],
+)
+def test_stages_of_other_runs_are_looked_for_before_the_first_starts(
+    place: Path, change: tuple[str, ...]
+) -> None:
+    output, errors = align(place, "run", "r.yaml", *change, code=2)
+    assert "gone/reward: no finished reward stage here" in errors
+    assert "running" not in output
+
+
 @pytest.mark.parametrize("blocked", ["runs", "runs/x", "runs/x/ppo"])
 def test_a_file_in_the_place_of_a_folder(place: Path, blocked: str) -> None:
     (place / blocked).parent.mkdir(parents=True, exist_ok=True)
