@@ -30,6 +30,7 @@ from align.recipe import Base, Recipe, SmallLlama
 from align.stages import stage_directory
 
 __all__ = [
+    "base_config",
     "base_facts",
     "base_location",
     "check_lengths",
@@ -103,6 +104,16 @@ def load_settings(recipe: Recipe, location: str) -> dict[str, Any]:
     }
 
 
+def base_config(recipe: Recipe, location: str) -> PretrainedConfig:
+    """Return the base's configuration, with all dropout at 0, without loading the base.
+
+    Raises:
+        InputError: the base cannot be found or its configuration cannot be read.
+    """
+    config: PretrainedConfig = load_settings(recipe, location)["config"]
+    return config
+
+
 def load_causal_lm(recipe: Recipe, location: str) -> PreTrainedModel:
     """Load a causal language model in evaluation mode, without any adapter.
 
@@ -146,25 +157,24 @@ def new_llama(
 
 
 def check_lengths(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int, keys: str
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int, keys: str
 ) -> None:
     """Refuse a model that has no embedding for a token, or no position for a whole conversation.
 
     Args:
+        config: of the model, which need not be loaded for this.
         keys: the recipe keys that ``max_tokens`` comes from, for the message.
 
     Raises:
         InputError: names both numbers.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_tokens > positions:
         raise InputError(
             f"{keys} = {max_tokens} exceeds the base's {positions} positions; lower one of them"
         )
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    embeddings = weight.shape[0]
-    if len(tokenizer) > embeddings:
+    embeddings = getattr(config, "vocab_size", None)
+    if embeddings is not None and len(tokenizer) > embeddings:
         raise InputError(
             f"the tokenizer has {len(tokenizer)} tokens, the base only {embeddings} embeddings;"
             " they do not belong together"

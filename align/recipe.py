@@ -330,6 +330,9 @@ class Recipe(Section):
         problems = []
         if ppo.ptx and getattr(self.data, ppo.ptx.source) is None:
             problems.append(("ppo.ptx.source", f"needs a section data.{ppo.ptx.source}"))
+        if ppo.heldout_reward == "reward" and not (self.reward or self.run.parents.reward):
+            needed = "needs a reward section or run.parents.reward"
+            problems.append(("ppo.heldout_reward", needed))
         if self.data.prompts and not self.data.prompts.heldout:
             needed = "is decided by held-out prompts: needs data.prompts.heldout"
             if ppo.keep == "best":

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 import align
 from align.errors import RecipeError
 from align.recipe import Recipe
-from align.recipe_schema import allowed, found, known_part, short, suggest
+from align.recipe_schema import allowed, found, known_part, short, suggest, without_tags
 from align.recipe_yaml import UNREADABLE, NotYamlError, parse
 from align.recipe_yaml import Path as KeyPath
 
@@ -162,7 +162,7 @@ class _Source:
 
     def report(self, details: ErrorDetails) -> None:
         """Add the problems that one finding of the recipe model stands for."""
-        kind, loc = details["type"], details["loc"]
+        kind, loc = details["type"], without_tags(details["loc"])
         if kind == "recipe":
             for key, problem in details["ctx"]["problems"]:
                 self._add((*loc, *key.split(".")) if key else loc, problem)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from align.recipe_types import (
     FiniteFloat,
@@ -62,6 +62,11 @@ class RewardSource(Section):
 
 
 RewardSources = Annotated[tuple[RewardSource, ...], Field(strict=False, min_length=1)]
+# Told apart by their form, so that a mistake inside a list is reported as that, and once.
+Reward = Annotated[
+    Annotated[Literal["model"] | FunctionName, Tag("name")] | Annotated[RewardSources, Tag("list")],
+    Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "name"),
+]
 
 
 class Rollout(Section):
@@ -150,7 +155,7 @@ class Ppo(Optimisation):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     # "model": the reward stage's; a Python function, "module:function" or "file.py:function"; or a
     # list of weighted sources.
-    reward: Literal["model"] | FunctionName | RewardSources = "model"
+    reward: Reward = "model"
     heldout_reward: FunctionName | RewardModelPath | None = None  # looked at, never trained on
     reward_scaling: RewardScaling = RewardScaling()
     steps: Positive  # rollouts
@@ -207,6 +212,9 @@ class Ppo(Optimisation):
             refuse("keep", "ema saves the average of all policies; allowed with it: last")
         if self.stop.divergence is not None and self.heldout_reward is None:
             refuse("stop.divergence", "needs ppo.heldout_reward to compare with")
+        trained = {name for s in self.reward_sources for name in (*s.models, s.function)}
+        if self.heldout_reward is not None and self.heldout_reward in trained:
+            refuse("heldout_reward", "is trained on as well (ppo.reward); name one that is not")
         if self.value.warmup_steps >= self.steps:
             refuse("value.warmup_steps", f"leaves no step of steps={self.steps} for the policy")
         return self

@@ -22,6 +22,15 @@ def known_part(loc: Path) -> Path:
     return loc
 
 
+def without_tags(loc: Path) -> Path:
+    """Return ``loc`` without the names by which pydantic tells the members of a union apart."""
+    path: Path = ()
+    for n, step in enumerate(loc, 1):
+        if n == len(loc) or _at((*path, step)):
+            path = (*path, step)
+    return path
+
+
 def allowed(path: Path) -> str:
     """Say what may stand at ``path``: ``a whole number greater than 0``, ``text, or null``."""
     return ", or ".join(dict.fromkeys(_describe(schema) for schema in _at(path)))
@@ -73,8 +82,9 @@ def _alternatives(schema: Schema) -> list[Schema]:
     """Return what a schema may stand for, references followed and unions taken apart."""
     if "$ref" in schema:
         return _alternatives(_schema()["$defs"][schema["$ref"].rpartition("/")[2]])
-    if "anyOf" in schema:
-        return [part for one in schema["anyOf"] for part in _alternatives(one)]
+    members = schema.get("anyOf") or schema.get("oneOf")
+    if members:
+        return [part for one in members for part in _alternatives(one)]
     return [schema]
 
 

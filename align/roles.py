@@ -121,7 +121,10 @@ class Roles(nn.Module):
         freeze one of two trained roles; this only changes which adapters the layers add.
         """
         if role in self.models:
-            yield self.model(role)
+            # Trained weights stay in float32; a base in bfloat16 says in what to compute.
+            low = self.base.dtype != torch.float32
+            with torch.autocast(self.device.type, dtype=self.base.dtype, enabled=low):
+                yield self.model(role)
             return
         previous = list(self._layers[0].active_adapters) if self._layers else []
         self._activate([] if role == "base" else [role])
@@ -261,6 +264,10 @@ def _prepare(model: Any, engine: Engine) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        # On processors with bfloat16 instructions, 4-bit layers are repacked by the first pass
+        # without gradients and lose them from then on, in silence.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _run_packed(backbone: nn.Module, sequences: Sequences) -> Tensor:

@@ -20,7 +20,7 @@ from align.attention import why_not_packed
 from align.errors import InputError, ParentError, TrainingError
 from align.functions import Chat
 from align.manifest import BaseFacts, Manifest
-from align.models import base_facts, check_lengths, compute_device, load_causal_lm
+from align.models import base_config, base_facts, check_lengths, compute_device, load_causal_lm
 from align.recipe import Base, Recipe
 from align.roles import Roles
 from align.sequences import join, micro_batches
@@ -115,13 +115,14 @@ def load_foreign_rewards(
         location, revision = _base_location(models[0]), manifest.base.revision
         _check_origin(tokenizer, base_facts(location, revision), manifest)
         base = Base(id=location, revision=revision, dtype=recipe.base.dtype)
-        causal_lm = load_causal_lm(recipe.model_copy(update={"base": base}), location)
+        foreign = recipe.model_copy(update={"base": base})
         check_lengths(
-            causal_lm,
+            base_config(foreign, location),
             tokenizer,
             limits.max_prompt_tokens + max_new_tokens,
             "data.max_prompt_tokens + ppo.max_new_tokens",
         )
+        causal_lm = load_causal_lm(foreign, location)
     roles = Roles(
         causal_lm,
         {f"reward{i}": model for i, model in enumerate(models)},

@@ -12,6 +12,7 @@ from align.attention import why_not_packed
 from align.generation import Engine
 from align.manifest import BaseFacts
 from align.models import (
+    base_config,
     base_facts,
     base_location,
     check_lengths,
@@ -22,7 +23,7 @@ from align.roles import Role, Roles, merged
 from data.render import Renderer
 from data.tokenizer import end_ids
 from pipelines.stage import StageJob
-from reward.model import ScoreHead, load_score_head
+from reward.model import SCORE_FILE, ScoreHead, load_score_head
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def load_roles(
     Args:
         folders: what each role starts from: an adapter of the base, or a whole model. Reward roles
             bring their score head;
-            ``value`` gets a copy of the reward's, or one that starts at 0 without a reward model.
+            so does ``value`` if it starts from a reward model.
         max_new_tokens: how long responses will be; the base needs positions for them.
         own_models: roles whose adapter is merged into a copy of the base, to train all weights.
         value_on_policy: the critic is a head on the policy's hidden states, which starts at 0.
@@ -67,22 +68,17 @@ def load_roles(
     tokenizer = AutoTokenizer.from_pretrained(job.parent_folder("sft") / "model")
     facts = base_facts(location, job.recipe.base.revision)
     job.check_origin(tokenizer, facts)
+    keys = f"data.max_prompt_tokens + {job.stage}.max_new_tokens"
+    longest = limits.max_prompt_tokens + max_new_tokens
+    check_lengths(base_config(job.recipe, location), tokenizer, longest, keys)
     base = load_causal_lm(job.recipe, location)
-    check_lengths(
-        base,
-        tokenizer,
-        limits.max_prompt_tokens + max_new_tokens,
-        f"data.max_prompt_tokens + {job.stage}.max_new_tokens",
-    )
     heads: dict[Role, ScoreHead] = {
         role: load_score_head(folder)
         for role, folder in folders.items()
         if role.startswith("reward")
     }
     if "value" in folders or value_on_policy:
-        heads["value"] = ScoreHead(base.config.hidden_size)  # its weight is 0
-        if "reward" in heads and not value_on_policy:
-            heads["value"].load_state_dict(heads["reward"].state_dict())
+        heads["value"] = _value_head(folders.get("value"), base.config.hidden_size)
     own = [r for r, folder in folders.items() if r in own_models or not is_adapter(folder)]
     roles = Roles(
         base,
@@ -96,6 +92,13 @@ def load_roles(
     return LoadedRoles(
         roles, facts, tokenizer, renderer, end_ids(tokenizer), tokenizer.pad_token_id
     )
+
+
+def _value_head(folder: Path | None, hidden_size: int) -> ScoreHead:
+    """Return a critic's first head: the reward model's where it starts from one, else zeros."""
+    if folder is not None and (folder / SCORE_FILE).is_file():
+        return load_score_head(folder)
+    return ScoreHead(hidden_size)
 
 
 def _own_model(job: StageJob, location: str, role: Role, folder: Path) -> PreTrainedModel:

@@ -104,7 +104,7 @@ def _load(job: StageJob, section: Ppo) -> LoadedRoles:
     folders: dict[Role, Path] = {"policy": sft, "reference": sft} | rewards
     on_policy = section.value.trunk == "policy"
     if not on_policy:
-        folders["value"] = rewards.get("reward", sft)
+        folders["value"] = rewards["reward"] if section.needs_reward_stage else sft
     own: tuple[Role, ...] = ()
     if section.layout == "separate":
         own = ("policy",) if on_policy else ("policy", "value")

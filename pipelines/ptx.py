@@ -35,7 +35,7 @@ class Ptx:
         limits = job.recipe.data
         longest = limits.max_prompt_tokens + limits.max_response_tokens
         keys = "ppo.ptx: data.max_prompt_tokens + data.max_response_tokens"
-        check_lengths(loaded.roles.base, loaded.tokenizer, longest, keys)
+        check_lengths(loaded.roles.base.config, loaded.tokenizer, longest, keys)
         records = job.data[section.source].train
         if section.source == "sft":
             rows, self.dropped = _demonstrations(records, loaded)

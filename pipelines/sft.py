@@ -21,6 +21,7 @@ from align.adapters import lora_config, save_adapter
 from align.errors import InputError, TrainingError
 from align.generation import generate
 from align.models import (
+    base_config,
     base_facts,
     base_location,
     check_lengths,
@@ -55,11 +56,9 @@ def run(job: StageJob) -> StageResult:
     train, heldout, dropped = _rows(job, renderer)
     job.check_dropped("sft", dropped)
 
-    base_model = load_causal_lm(recipe, location)
-    check_lengths(
-        base_model, tokenizer, sum(limits), "data.max_prompt_tokens + data.max_response_tokens"
-    )
-    model = add_adapter(base_model, recipe)
+    keys = "data.max_prompt_tokens + data.max_response_tokens"
+    check_lengths(base_config(recipe, location), tokenizer, sum(limits), keys)
+    model = add_adapter(load_causal_lm(recipe, location), recipe)
     trainer = make_trainer(job, section, model, tokenizer, train)
     callback = connect(trainer, job.log)
     trainer.train()

@@ -49,7 +49,7 @@ def random_groups(seed: int) -> tuple[list[float], list[int], list[float]]:
     return scores, groups, targets
 
 
-def test_one_pair_by_hand() -> None:
+def test_t33_one_pair_by_hand() -> None:
     # sigmoid(1) = 0.7310585786; -ln of it = 0.3132616875
     loss = pair_losses(torch.tensor([2.0]), torch.tensor([1.0]))
     assert loss.item() == pytest.approx(0.3132616875, abs=1e-7)
@@ -61,7 +61,7 @@ def test_margin_moves_the_difference() -> None:
     assert loss.item() == pytest.approx(LN2, abs=1e-7)
 
 
-def test_equal_inputs_give_ln_2_and_no_gradient() -> None:
+def test_t33_equal_inputs_give_ln_2_and_no_gradient() -> None:
     # The same response on both sides, so one score enters twice.
     score = torch.tensor([0.7], requires_grad=True)
     loss = pair_losses(score, score).sum()
@@ -168,7 +168,7 @@ def test_parts_add_up_to_the_whole() -> None:
     torch.testing.assert_close(parts_scores.grad, whole_scores.grad)
 
 
-def test_swapping_a_pair_negates_the_margin() -> None:
+def test_t33_swapping_a_pair_negates_the_margin() -> None:
     groups, scores = torch.tensor([0, 0]), torch.tensor([1.5, 0.25])
     assert mean_margin(scores, groups, torch.tensor([1.0, 0.0])) == 1.25
     assert mean_margin(scores, groups, torch.tensor([0.0, 1.0])) == -1.25

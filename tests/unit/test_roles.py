@@ -7,6 +7,8 @@ import pytest
 import torch
 from peft import PeftModel
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 from align.errors import InputError, ParentError
 from align.functional import ppo_policy_loss, ppo_value_loss
@@ -74,7 +76,7 @@ def real(values, batch):
     return [row[mask] for row, mask in zip(values, batch.response_mask, strict=True)]
 
 
-# T6, T10: positions, and the mask aligned with the predicted token.
+# T10: the mask aligned with the predicted token.
 def test_t10_each_role_is_the_model_in_its_folder(make_base, folders, roles, batch):
     for role, folder in (("policy", "sft"), ("reference", "sft"), ("reward", "reward")):
         model = PeftModel.from_pretrained(make_base(), folders[folder]).eval()
@@ -93,6 +95,73 @@ def test_the_base_role_is_the_bare_base(make_base, roles, batch):
 
 def test_t16_policy_and_reference_start_equal(roles, batch):
     assert torch.equal(roles.logprobs("policy", batch), roles.logprobs("reference", batch))
+
+
+# T6: every text counts its positions from 0, wherever it stands in the row or the batch. Learned
+# positions show it; rotary ones would hide it.
+def test_t6_positions_start_anew_with_every_text(folders, make_base, roles, batch):
+    last = batch.rows([0, 1, 2, 2])
+    assert last.position_ids.tolist()[-9:] == list(range(9))
+    alone = roles.logprobs("policy", batch.rows([2]))[0]
+    for row, actual in enumerate(real(roles.logprobs("policy", last), last)[2:]):
+        assert_close(actual, alone, rtol=0, atol=2e-5, msg=lambda m, row=row: f"{row}: {m}")
+
+
+# T4: a frozen 4-bit base has other kernels with and without gradients; old and new
+# log-probabilities come from the same ones.
+def test_t4_on_a_4_bit_base_the_ratio_is_1_and_gradients_stay(tmp_path, batch):
+    tiny.llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    sft = adapters.sft_adapter(tiny.llama(hidden_size=64, intermediate_size=128), tmp_path / "sft")
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.float32, quantization_config=nf4
+    )
+    assert any(type(module).__name__ == "Linear4bit" for module in base.modules())
+    roles = Roles(base, {"policy": sft, "reference": sft}, trainable=("policy",))
+    roles.generate(
+        "policy", PROMPTS, max_new_tokens=4, temperature=1.0, end_ids=[1], pad_id=0, seed=0
+    )
+    with torch.no_grad():
+        old, reference = roles.logprobs("policy", batch), roles.logprobs("reference", batch)
+    new = roles.logprobs("policy", batch)
+    assert torch.equal(new, old)
+    assert torch.equal(new, reference)
+    new.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in roles.role_parameters("policy"))
+
+
+# T5: in bfloat16 what sampling computed is not what training computes; only the latter is used.
+def test_t5_in_bfloat16_the_ratio_is_1_by_the_training_pass(make_base, folders, batch):
+    sft = folders["sft"]
+    roles = Roles(make_base().bfloat16(), {"policy": sft, "reference": sft}, trainable=("policy",))
+    with torch.no_grad():
+        old = roles.logprobs("policy", batch)
+    assert torch.equal(roles.logprobs("policy", batch), old)
+    assert torch.equal(roles.logprobs("reference", batch), old)
+    exact = make_roles(make_base(), folders).logprobs("policy", batch)
+    assert 1e-4 < float((old - exact)[batch.response_mask].abs().max()) < 1.0
+
+
+def test_t5_a_trained_model_beside_a_bfloat16_base_computes_in_bfloat16(make_base, folders, batch):
+    model = make_base()
+    roles = Roles(
+        make_base().bfloat16(),
+        {"reference": folders["sft"]},
+        models={"policy": model},
+        trainable=("policy",),
+    )
+    seen = []
+    layer = next(m for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D))
+    layer.register_forward_hook(lambda m, inputs, output: seen.append(output.dtype))
+    with torch.no_grad():
+        old = roles.logprobs("policy", batch)
+    assert torch.equal(roles.logprobs("policy", batch), old)
+    assert old.dtype == torch.float32
+    assert set(seen) == {torch.bfloat16}
+    roles.logprobs("policy", batch).sum().backward()
+    assert {p.grad.dtype for p in roles.role_parameters("policy")} == {torch.float32}
 
 
 # T11: values belong to the state before a token, scores to the last token.
