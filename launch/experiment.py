@@ -207,7 +207,8 @@ def plan(experiment: Experiment, stages: Sequence[StageName]) -> dict[StageName,
     for stage in stages:
         first = [name for name in parent_stages(experiment.recipe, stage) if name in would_run]
         if first:
-            why: str | None = f"its parent {' and '.join(first)} runs before it"
+            parents = "parent {} runs" if len(first) == 1 else "parents {} run"
+            why: str | None = f"its {parents.format(' and '.join(first))} before it"
         else:
             why = _why(experiment, stage)
         if why is not None:

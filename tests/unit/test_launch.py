@@ -178,6 +178,7 @@ def test_dry_run_starts_and_writes_nothing(place: Path) -> None:
     lines = output.splitlines()
     assert lines[0] == "sft: would run (no finished result yet)"
     assert lines[2] == "ppo: would run (its parent sft runs before it)"
+    assert lines[4] == "evaluate: would run (its parents sft and ppo run before it)"
     house = place / "house"
     words = lines[1].split()
     assert words[:2] == ["PYTHONSAFEPATH=1", f"PYTHONPATH={house}:{ROOT}"]
