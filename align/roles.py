@@ -29,6 +29,7 @@ from align.errors import InputError, ParentError
 from align.functional import token_entropy, token_logprobs
 from align.generation import Engine, Generated, generate
 from align.logprobs import head_logprobs
+from align.lora import fuse
 from align.sequences import Sequences, micro_batches, position_ids
 from align.trunk import Trunk, trunk_depth
 
@@ -260,6 +261,7 @@ def _prepare(model: Any, engine: Engine) -> None:
             raise InputError(
                 f"ppo.rollout.engine=native does not know this base: {reason}; allowed for it: hf"
             )
+        fuse(model)
     model.set_attn_implementation(NAME if engine == "native" else "sdpa")
     for module in model.modules():
         if isinstance(module, nn.Dropout):

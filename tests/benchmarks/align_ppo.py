@@ -95,7 +95,7 @@ def build(mode: str, dtype: str, workload: Workload) -> LoadedRoles:
 
     Policy, reference, reward and value model of the workload share one body, as after a common SFT
     stage: it is the base. Every role on it gets an adapter that is new; in mode ``full``, policy
-    and critic have a model of their own instead.
+    and critic have a model of their own instead, and the frozen roles are the base itself.
     """
     settings, folder = workload.settings, workload.folder
     base = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=getattr(torch, dtype))
@@ -108,7 +108,7 @@ def build(mode: str, dtype: str, workload: Workload) -> LoadedRoles:
     models: dict[str, PreTrainedModel] = {}
     on_base = ["policy", "reference", "reward", "value"]
     if mode == "full":
-        on_base = ["reference", "reward"]
+        on_base = []
         models["policy"] = AutoModelForCausalLM.from_pretrained(folder / "policy").float()
         models["value"] = AutoModel.from_pretrained(folder / "value").float()
     elif "policy-trunk" in mode:
