@@ -124,6 +124,10 @@ class StageData(Section):
     heldout: Sources = ()
 
 
+# Raised by whoever changes what the world holds or how it is judged: a test keeps the hashes.
+WORLD_VERSION = 1
+
+
 class World(Section):
     """The built-in miniature world: how much of it is generated, and from which seed."""
 
@@ -135,7 +139,7 @@ class World(Section):
     heldout_rows: Positive = 400
     responses_per_ranking: Annotated[int, Field(ge=2, le=9)] = 4
     good_demonstrations: Fraction = 0.5
-    annotator_agreement: Fraction = 0.75
+    annotator_agreement: Annotated[float, Field(ge=0.5, le=1)] = 0.75
 
 
 class Data(Section):

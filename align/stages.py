@@ -16,7 +16,7 @@ from align.manifest import (
     read_manifest,
     sha256_file,
 )
-from align.recipe import Recipe, Source, StageData, StageName
+from align.recipe import WORLD_VERSION, Recipe, Source, StageData, StageName
 from align.recipe_ppo import Ppo, RewardSource
 
 STAGES: tuple[StageName, ...] = ("pretrain", "sft", "reward", "ppo", "evaluate")
@@ -157,7 +157,7 @@ def source_fingerprint(recipe: Recipe, source: Source) -> dict[str, str]:
         DataError: the file is missing, a directory, or empty.
     """
     if source.world is not None:
-        facts = {"world": source.world, "split": source.split, "code": align.__version__}
+        facts = {"world": source.world, "split": source.split, "version": WORLD_VERSION}
         return {
             "id": f"world:{source.world}/{source.split}",
             "sha256": _digest(facts | recipe.data.world.model_dump()),
@@ -193,6 +193,7 @@ def inputs_sha256(recipe: Recipe, stage: StageName, parents: dict[StageName, Man
 
     Raises:
         ParentError: a reward model outside this recipe cannot be read.
+        DataError: a file that the recipe names is missing.
     """
     return _digest(
         {
@@ -202,7 +203,7 @@ def inputs_sha256(recipe: Recipe, stage: StageName, parents: dict[StageName, Man
                 for data in stage_data(recipe, stage).values()
                 for source in (*data.train, *data.heldout)
             ],
-            "files": [sha256_file(path) for path in _files(recipe, stage) if path.is_file()]
+            "files": [sha256_file(path) for path in named_files(recipe, stage)]
             + [model.outputs_sha256() for model in read_reward_models(recipe, stage).values()],
             "parents": {name: manifest.outputs_sha256() for name, manifest in parents.items()},
             "code": align.__version__,
@@ -210,14 +211,30 @@ def inputs_sha256(recipe: Recipe, stage: StageName, parents: dict[StageName, Man
     )
 
 
-def _files(recipe: Recipe, stage: StageName) -> list[Path]:
-    """Return the files besides the data that decide the stage's result."""
-    names = [recipe.tokenizer.chat_template]
-    functions = [source.function for source in reward_sources(recipe.ppo, stage).values()]
+def named_files(recipe: Recipe, stage: StageName) -> list[Path]:
+    """Return the files besides the data that decide the stage's result.
+
+    Raises:
+        DataError: one is missing, or the base is a folder that is; the message names the key.
+    """
+    base = recipe.base.id
+    if base.startswith((".", "/", "~")) and not Path(base).is_dir():
+        raise DataError(f"base.id={base}: no such folder; a hub id has no . or / in front")
+    names = {"tokenizer.chat_template": recipe.tokenizer.chat_template}
+    sources = reward_sources(recipe.ppo, stage)
+    functions = {key: source.function for key, source in sources.items()}
     if stage in ("ppo", "evaluate") and recipe.evaluate is not None:
-        functions += [recipe.evaluate.gold, recipe.evaluate.category]
-    names += [name.rpartition(":")[0] for name in functions if name]
-    return [Path(name) for name in names if name]
+        functions["evaluate.gold"] = recipe.evaluate.gold
+        functions["evaluate.category"] = recipe.evaluate.category
+    for key, function in functions.items():
+        place = (function or "").rpartition(":")[0]
+        if place.endswith(".py"):  # else a module, which Python finds
+            names[key] = place
+    files = {key: Path(name) for key, name in names.items() if name}
+    for key, file in files.items():
+        if not file.is_file():
+            raise DataError(f"{key}={file}: no such file")
+    return list(files.values())
 
 
 def read_parents(recipe: Recipe, stage: StageName) -> dict[StageName, Manifest]:

@@ -23,9 +23,6 @@ Style = Literal[
     "comply", "both", "rude", "blunt", "babble", "repeat", "empty",
 ]  # fmt: skip
 
-# Raised by whoever changes what the world holds or how it is judged: a test keeps the hashes.
-VERSION = 1
-
 CATEGORIES: tuple[judge.Category, ...] = get_args(judge.Category)  # equally often
 # How often each flaw occurs among the flawed answers to a category's prompts.
 FLAWS: dict[judge.Category, dict[Style, float]] = {

@@ -15,6 +15,7 @@ from align.manifest import read_manifest
 from align.recipe import Recipe, StageName
 from align.recipe_io import find_recipe, load_recipe, shipped_recipes
 from align.stages import (
+    named_files,
     parent_stages,
     planned_stages,
     read_parents,
@@ -246,6 +247,7 @@ def _check_place(directory: Path) -> None:
 def _check_inputs(recipe: Recipe, stages: Sequence[StageName]) -> None:
     """Look for what every stage is given from outside before the first one starts."""
     for stage in stages:
+        named_files(recipe, stage)
         for data in stage_data(recipe, stage).values():
             for source in (*data.train, *data.heldout):
                 source_fingerprint(recipe, source)

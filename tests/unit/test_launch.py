@@ -199,6 +199,21 @@ def test_data_of_a_later_stage_is_looked_for_before_the_first_starts(place: Path
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokenizer.chat_template", "none.jinja"),
+        ("ppo.reward", "none.py:score"),
+        ("evaluate.gold", "none.py:gold"),
+    ],
+)
+def test_files_that_the_recipe_names_are_looked_for_too(place: Path, key: str, value: str) -> None:
+    output, errors = align(place, "run", "r.yaml", f"{key}={value}", code=2)
+    assert errors.startswith(f"error: {key}")
+    assert f"={value.partition(':')[0]}: no such file" in errors
+    assert "running" not in output
+
+
+@pytest.mark.parametrize(
     "change",
     [
         ("run.parents.reward=gone/reward", "ppo.reward=model"),

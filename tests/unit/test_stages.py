@@ -229,3 +229,11 @@ def test_data_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_reading_parents_names_the_one_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ParentError, match=r"runs/x/pretrain: no finished pretrain stage here"):
         stages.read_parents(recipe(tmp_path), "sft")
+
+
+@pytest.mark.parametrize("base", ["./nowhere", "/nowhere/at/all", "~/nowhere"])
+def test_a_base_that_can_only_be_a_folder_has_to_be_one(tmp_path: Path, base: str) -> None:
+    changed = recipe(tmp_path)
+    changed = changed.model_copy(update={"base": changed.base.model_copy(update={"id": base})})
+    with pytest.raises(DataError, match=f"base.id={base}: no such folder"):
+        stages.named_files(changed, "sft")

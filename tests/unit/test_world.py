@@ -13,11 +13,11 @@ from typing import get_args
 import pytest
 
 from align.errors import DataError
-from align.recipe import World
+from align.recipe import WORLD_VERSION, World
 from data import judge, lexicon
 from data.lexicon import Split
 from data.records import Demonstration, Message, Prompt, Ranking, Text
-from data.world import FLAWS, SLIPS, VERSION, Kind, Scene, world_records
+from data.world import FLAWS, SLIPS, Kind, Scene, world_records
 
 SMALL = World(
     text_rows=300, demonstration_rows=600, ranked_prompts=600, prompt_rows=300, heldout_rows=200
@@ -94,7 +94,7 @@ def test_another_world_has_another_version() -> None:
                 golds = judge.gold([row["messages"]] * 4, row["responses"])
                 row["golds"] = [round(gold, 6) for gold in golds]
         found[kind] = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
-    assert (VERSION, found) == (
+    assert (WORLD_VERSION, found) == (
         1,
         {
             "text": "67d17c118dc525c4",
