@@ -24,7 +24,7 @@ def fuse(model: nn.Module) -> None:
     """
     for module in model.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear:
-            module.forward = MethodType(_forward, module)
+            module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
