@@ -127,9 +127,7 @@ def sampling_bytes(rows: int, vocab: int, width: int) -> int:
     return rows * vocab * (width + 3 * FLOAT)
 
 
-def zero_per_gpu(
-    weights: int, gradients: int, states: int, gpus: int
-) -> tuple[int, int, int, int]:
+def zero_per_gpu(weights: int, gradients: int, states: int, gpus: int) -> tuple[int, int, int, int]:
     """Return the bytes per GPU at ZeRO stages 0 to 3 (Rajbhandari et al. 2020, figure 1).
 
     Stage 1 partitions the optimiser's states, 2 the gradients as well, 3 also the weights.
@@ -154,8 +152,8 @@ def deepspeed_bytes(
     the optimiser only.
     """
     if stage == 2:
-        return 2 * parameters if offload != "none" else 4 * parameters + ceil(
-            16 * parameters / gpus
+        return (
+            2 * parameters if offload != "none" else 4 * parameters + ceil(16 * parameters / gpus)
         )
     share = {"none": 18, "optimizer": 2, "all": 0}[offload]
     return 4 * largest_layer + ceil(share * parameters / gpus)

@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from align import logprobs, plan_memory
 from align.engine import Engine
-from align.plan import Kind, StagePlan, plan_recipe
+from align.plan import plan_recipe
+from align.plan_items import Kind, StagePlan
 from align.plan_memory import Compute, adam_bytes, kept_per_token
 from align.plan_model import linear_bytes, read_shape
 from align.recipe import Adapter, Recipe
@@ -198,7 +199,9 @@ def test_four_bits_take_what_bitsandbytes_makes_of_them(kind: str, double: bool)
     shape, weights, constants = read_shape(config), 0, 0
     for matrix in shape.matrices:
         weight = torch.randn(matrix.outputs, matrix.inputs)
-        packed, state = functional.quantize_4bit(weight, quant_type=kind, compress_statistics=double)
+        packed, state = functional.quantize_4bit(
+            weight, quant_type=kind, compress_statistics=double
+        )
         tensors = [state.absmax, state.code]
         if state.nested:
             tensors += [state.state2.absmax, state.state2.code, state.offset]
