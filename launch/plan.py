@@ -178,7 +178,7 @@ def _print_verdict(plan: dict[str, Any]) -> None:
     print(f"{verdict} {_size(plan['memory_bytes'])}")
     if plan["fits"]:
         return
-    none = "no four of the changes that plan knows make it fit; take a smaller base"
+    none = "none of the changes that plan knows makes it fit: take a smaller base"
     print("the cheapest changes that make it fit:" if plan["changes"] else none)
     for change in plan["changes"]:
         print(f"  {' '.join(change['overrides'])}   ({_size(change['peak_bytes'])})")
