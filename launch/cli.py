@@ -59,7 +59,7 @@ _STAGES: dict[StageName, str] = {
     "ppo": "Optimise the policy against the reward with PPO.",
 }
 _MODELS = ("base", "sft", "reward", "ppo")
-_PLANNED = ("plan", "data", "compare", "label", "chat", "export")
+_PLANNED = ("data", "compare", "label", "chat", "export")
 
 
 def main() -> None:
@@ -168,6 +168,28 @@ _add_command(
     RUN,
     experiments.open_run,
 )
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, RECIPE],
+    overrides: Overrides = None,
+    memory: Annotated[str | None, typer.Option(help="What there is, as 24GiB.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the work.")] = 1,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say how much memory each stage needs, and what makes it fit; exit 1 if it does not."""
+    from launch.plan import make_plan, print_plan, read_memory  # nothing else needs it
+
+    limit = read_memory(memory) if memory is not None else None
+    experiment = experiments.open_recipe(recipe, overrides or (), _settings(as_json, debug))
+    result = make_plan(experiment.recipe, limit, gpus)
+    if as_json:
+        _print_json(result)
+    else:
+        print_plan(result)
+    raise typer.Exit(0 if result.get("fits", True) else 1)
 
 
 @app.command()

@@ -23,6 +23,10 @@ LAUNCHER_MAY_USE = {
     "align",
     "align.errors",
     "align.manifest",
+    "align.plan",
+    "align.plan_changes",
+    "align.plan_items",
+    "align.plan_model",
     "align.recipe",
     "align.recipe_io",
     "align.stages",
@@ -32,6 +36,8 @@ WITHOUT_TORCH = [
     "align",
     "align.errors",
     "align.manifest",
+    "align.plan",
+    "align.plan_changes",
     "align.recipe",
     "align.recipe_io",
     "align.stages",
@@ -43,6 +49,7 @@ WITHOUT_TORCH = [
     "data.world",
     "launch.cli",
     "launch.doctor",
+    "launch.plan",
     "pipelines.stage",
 ]
 

@@ -1,0 +1,77 @@
+"""The parts of a memory plan: what takes memory, when it is there, and what ZeRO leaves per GPU."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from align.plan_memory import zero_per_gpu
+
+Kind = Literal["weights", "gradients", "states", "rest"]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Something that takes memory, and the arithmetic behind the number."""
+
+    name: str
+    bytes: int
+    how: str
+    kind: Kind = "rest"
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A part of a stage: what it needs beside what the stage keeps throughout."""
+
+    name: str
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """What a stage keeps throughout, and its phases."""
+
+    stage: str
+    kept: tuple[Item, ...]
+    phases: tuple[Phase, ...]
+
+    def total(self, phase: Phase) -> int:
+        """Return the bytes of everything that is there in a phase."""
+        return sum(item.bytes for item in (*self.kept, *phase.items))
+
+    @property
+    def largest(self) -> Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=self.total)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the largest phase."""
+        return self.total(self.largest)
+
+    def sum(self, kind: Kind) -> int:
+        """Return the bytes of one kind, over what is kept and the largest of the phases."""
+        return _of_kind(self.kept, kind) + max(_of_kind(p.items, kind) for p in self.phases)
+
+    def per_gpu(self, gpus: int) -> tuple[int, ...]:
+        """Return the peak per GPU at ZeRO stages 0 to 3, micro-batches as they are."""
+        by_phase = []
+        for phase in self.phases:
+            items = (*self.kept, *phase.items)
+            shares = zero_per_gpu(
+                _of_kind(items, "weights"),
+                _of_kind(items, "gradients"),
+                _of_kind(items, "states"),
+                gpus,
+            )
+            by_phase.append([share + _of_kind(items, "rest") for share in shares])
+        return tuple(max(values) for values in zip(*by_phase, strict=True))
+
+    def offloaded(self, gpus: int) -> int:
+        """Return the peak per GPU at ZeRO 3 with the optimiser's states in main memory."""
+        without = tuple(replace(i, bytes=0) if i.kind == "states" else i for i in self.kept)
+        return replace(self, kept=without).per_gpu(gpus)[3]
+
+
+def _of_kind(items: Sequence[Item], kind: Kind) -> int:
+    return sum(item.bytes for item in items if item.kind == kind)
