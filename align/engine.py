@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -95,7 +96,7 @@ def _adamw(
     groups: Sequence[tuple[list[nn.Parameter], float]], section: Optimisation, eps: float
 ) -> torch.optim.Optimizer:
     parameters = [{"params": parameters, "lr": lr} for parameters, lr in groups]
-    settings = {"eps": eps, "weight_decay": section.weight_decay}
+    settings: dict[str, Any] = {"eps": eps, "weight_decay": section.weight_decay}
     if section.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **settings)
     library = bitsandbytes(f"optimizer={section.optimizer}").optim

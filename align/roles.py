@@ -93,7 +93,7 @@ class Roles(nn.Module):
         for model in (base, *self.models.values()):
             _prepare(model, engine)
             if recompute:
-                recompute_activations(model, self._contexts)
+                recompute_activations(cast(PreTrainedModel, model), self._contexts)
         depth = trunk_depth(base.base_model, lambda m: isinstance(m, BaseTunerLayer))
         partial = 0 < depth < base.config.num_hidden_layers
         self.trunk = Trunk(base.base_model, depth) if partial and engine == "native" else None

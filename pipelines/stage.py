@@ -53,7 +53,15 @@ _MODULES: dict[StageName, str] = {
     "ppo": "pipelines.ppo",
     "evaluate": "pipelines.evaluate",
 }
-_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
+_LIBRARIES: tuple[str, ...] = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+)
 
 
 @dataclass
