@@ -12,12 +12,13 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from align.errors import InputError
+from align.errors import InputError, TrainingError
 from align.manifest import FILE as MANIFEST
 from align.recipe import Adapter
 
@@ -86,6 +87,27 @@ def linear_names(model: nn.Module) -> list[str]:
             if isinstance(module, nn.Linear | Conv1D) and name not in ("", "lm_head", HEAD)
         }
     )
+
+
+def check_trained(model: nn.Module) -> None:
+    """Check that what is trained is the LoRA adapter and a score head: all of both, in float32.
+
+    Libraries that prepare a model for training rewrite which of its parameters are, and in which
+    precision.
+
+    Raises:
+        TrainingError: names the first parameters that should not be trained, or should be.
+    """
+    wrong = []
+    for name, parameter in model.named_parameters():
+        wanted = ".lora_" in name or f".{HEAD}.modules_to_save." in name
+        if parameter.requires_grad != wanted or (wanted and parameter.dtype != torch.float32):
+            wrong.append(f"{name} ({parameter.dtype}, trained: {parameter.requires_grad})")
+    if wrong or not any(parameter.requires_grad for parameter in model.parameters()):
+        raise TrainingError(
+            "only a float32 adapter and score head must be trained, all of both; but found"
+            f" {len(wrong)} others, like {wrong[:2]}"
+        )
 
 
 def save_adapter(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -9,7 +10,15 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from align.errors import TrainingError
-from align.recipe_types import Optimisation
+from align.quantization import bitsandbytes
+from align.recipe_types import Optimisation, OptimizerName
+
+# The classes of bitsandbytes; "adamw" itself is PyTorch's.
+_BITSANDBYTES: dict[OptimizerName, str] = {
+    "adamw_8bit": "AdamW8bit",
+    "paged_adamw": "PagedAdamW",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+}
 
 
 class Engine:
@@ -29,13 +38,8 @@ class Engine:
     ) -> None:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
         self.parameters = [p for parameters, _ in groups for p in parameters]
-        # PyTorch's Adam with the epsilon of OpenAI's code (Huang et al. 2024, note on Adam).
-        optimizer = torch.optim.AdamW(
-            [{"params": parameters, "lr": lr} for parameters, lr in groups],
-            eps=1e-5,
-            weight_decay=section.weight_decay,
-            fused=True,
-        )
+        # Adam with the epsilon of OpenAI's code (Huang et al. 2024, note on Adam).
+        optimizer = _adamw(groups, section, eps=1e-5)
         scheduler = get_scheduler(
             section.schedule,
             optimizer,
@@ -86,3 +90,17 @@ class Engine:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+def _adamw(
+    groups: Sequence[tuple[list[nn.Parameter], float]], section: Optimisation, eps: float
+) -> torch.optim.Optimizer:
+    parameters = [{"params": parameters, "lr": lr} for parameters, lr in groups]
+    settings: dict[str, Any] = {"eps": eps, "weight_decay": section.weight_decay}
+    if section.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    library = bitsandbytes(f"optimizer={section.optimizer}").optim
+    made: torch.optim.Optimizer = getattr(library, _BITSANDBYTES[section.optimizer])(
+        parameters, **settings
+    )
+    return made

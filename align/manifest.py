@@ -31,11 +31,25 @@ def _inside(name: str) -> str:
 
 
 class BaseFacts(_Part):
-    """The language model under a stage. ``sha256`` covers its weights and configuration."""
+    """The language model under a stage, and how the stage loaded it.
+
+    ``sha256`` covers weights and configuration as they are stored. A base that is quantised while
+    it is loaded is another model than the stored one: an adapter or a score head fitted to the one
+    does not fit the other (PEFT issues 1043 and 2321). So ``precision`` counts like the hash where
+    stages are linked. ``compute_dtype`` does not: it is a matter of the machine.
+    """
 
     id: str
     revision: str | None
     sha256: str
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    double_quantization: bool = False
+    compute_dtype: str = "float32"
+
+    @property
+    def precision(self) -> str:
+        """The base's weights as the stage saw them: ``none`` for as stored, ``nf4+double``, ..."""
+        return self.quantization + ("+double" if self.double_quantization else "")
 
 
 class ParentFacts(_Part):
@@ -79,6 +93,21 @@ class Manifest(_Part):
     wandb_id: str | None
     started: str
     finished: str
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """What stages that build on each other must have in common: a hash or a word for each.
+
+        The pretrain stage makes the base in full precision, whatever later stages load it in.
+        """
+        origin = {
+            "tokenizer": self.tokenizer_sha256,
+            "chat template": self.template_sha256,
+            "base": self.base.sha256,
+        }
+        if self.stage != "pretrain":
+            origin["base quantization"] = self.base.precision
+        return origin
 
     def outputs_sha256(self) -> str:
         """Hash the outputs' names and hashes: equal if and only if all output files are."""
@@ -149,16 +178,12 @@ def check_same_origin(manifests: dict[str, Manifest]) -> None:
     Raises:
         ParentError: two of them differ; the message names both and what differs.
     """
-    items = list(manifests.items())
-    for name, manifest in items[1:]:
-        first_name, first = items[0]
-        for what, ours, theirs in (
-            ("tokenizer", first.tokenizer_sha256, manifest.tokenizer_sha256),
-            ("chat template", first.template_sha256, manifest.template_sha256),
-            ("base", first.base.sha256, manifest.base.sha256),
-        ):
+    seen: dict[str, tuple[str, str]] = {}  # what -> the first that has it, and its value
+    for name, manifest in manifests.items():
+        for what, theirs in manifest.origin.items():
+            first, ours = seen.setdefault(what, (name, theirs))
             if ours != theirs:
                 raise ParentError(
-                    f"{first_name} and {name} do not fit together: their {what} differs"
+                    f"{first} and {name} do not fit together: their {what} differs"
                     f" ({ours[:12]} and {theirs[:12]}); make both from the same {what}"
                 )

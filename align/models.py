@@ -1,11 +1,13 @@
 """Language models: where the base lies, what it is, and how it is loaded.
 
-Every model comes out the same whatever its folder says: the dtype of the recipe, no dropout, no
-sampling settings of its own, weights from safetensors only.
+Every model comes out the same whatever its folder says: dtype and quantisation of the recipe, no
+dropout, no sampling settings of its own, weights from safetensors only.
 """
 
 import hashlib
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,12 @@ from transformers import (
 from align.adapters import lora_config, save_adapter
 from align.errors import InputError
 from align.manifest import BaseFacts, sha256_file
+from align.quantization import (
+    check_stored,
+    prepare_quantized,
+    quantization_settings,
+    with_quantization,
+)
 from align.recipe import Base, Recipe, SmallLlama
 from align.stages import stage_directory
 
@@ -40,6 +48,8 @@ __all__ = [
     "lora_config",
     "neutral_generation",
     "new_llama",
+    "recipe_base_facts",
+    "recompute_activations",
     "save_adapter",
     "without_dropout",
 ]
@@ -82,6 +92,16 @@ def base_facts(location: str, revision: str | None) -> BaseFacts:
     return BaseFacts(id=name, revision=commit, sha256=digest)
 
 
+def recipe_base_facts(recipe: Recipe) -> BaseFacts:
+    """Identify the recipe's base, and say how the stages after pretraining load it.
+
+    Raises:
+        InputError: see ``base_facts``.
+    """
+    facts = base_facts(base_location(recipe), recipe.base.revision)
+    return with_quantization(facts, recipe.base, compute_device())
+
+
 def load_settings(recipe: Recipe, location: str) -> dict[str, Any]:
     """Return the arguments of ``from_pretrained`` that every model on the base is loaded with.
 
@@ -96,6 +116,7 @@ def load_settings(recipe: Recipe, location: str) -> dict[str, Any]:
         config = AutoConfig.from_pretrained(location, **origin)
     except (OSError, ValueError) as error:
         raise InputError(f"base {location}: {first_line(error)}") from error
+    check_stored(config, base)
     return {
         "config": without_dropout(config),
         "dtype": dtype(base),
@@ -117,17 +138,41 @@ def base_config(recipe: Recipe, location: str) -> PretrainedConfig:
 def load_causal_lm(recipe: Recipe, location: str) -> PreTrainedModel:
     """Load a causal language model in evaluation mode, without any adapter.
 
+    The only place where a base is quantised: then it comes out frozen, with its heads whole, and on
+    the device that it is computed on.
+
     Raises:
-        InputError: it cannot be found, has no safetensors, or needs code that is not trusted.
+        InputError: it cannot be found, has no safetensors, needs code that is not trusted, or is
+            stored in another precision than the recipe says.
     """
-    settings = load_settings(recipe, location)
+    device = compute_device()
+    settings = load_settings(recipe, location) | quantization_settings(recipe.base, device)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(location, **settings)
     except (OSError, ValueError) as error:
         raise InputError(f"base {location}: {first_line(error)}") from error
     model.generation_config = neutral_generation(model.config)
     model.eval()
+    prepare_quantized(model, recipe.base, device)
     return model
+
+
+def recompute_activations(
+    model: PreTrainedModel,
+    contexts: Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
+    | None = None,
+) -> None:
+    """Have each layer in training mode keep its input only, and compute the rest again (Chen 2016).
+
+    Call it after adapters have been put on: PEFT and transformers else make the embeddings' output
+    require gradients, which this kind of checkpointing does not need.
+
+    Args:
+        contexts: gives, for one pass of a layer, the contexts of that pass and of its repetition.
+    """
+    settings = {"context_fn": contexts} if contexts is not None else {}
+    model.activation_checkpointing_enable({"use_reentrant": False} | settings)
+    model.disable_input_require_grads()
 
 
 def new_llama(

@@ -37,13 +37,25 @@ class Base(Section):
     id: str
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # How the linear layers of the body are stored while adapters are trained on them.
     quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    double_quantization: bool = False  # 4-bit: the scales of the blocks are quantised, too
+    # What 4-bit layers compute in. auto: bfloat16 where the processor has it, else float16 on a GPU
+    # and float32 on a CPU; the manifest says which.
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # sft, reward and ppo compute layers again in the backward pass: slower, with far less memory.
+    gradient_checkpointing: bool = False
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> "Base":
-        if self.quantization != "none":
-            refuse_planned("quantization", "none")
+        for key, default in (("double_quantization", False), ("compute_dtype", "auto")):
+            if self.quantization not in ("nf4", "fp4") and getattr(self, key) != default:
+                refuse(
+                    key,
+                    f"has no effect with base.quantization={self.quantization}; allowed with nf4"
+                    " and fp4 only",
+                )
         return self
 
 
@@ -332,6 +344,9 @@ class Recipe(Section):
 
     def _ppo_problems(self, ppo: Ppo) -> list[tuple[str, str]]:
         problems = []
+        if ppo.layout == "separate" and self.base.quantization != "none":
+            needed = f"trains all weights, and those in {self.base.quantization} have no gradient"
+            problems.append(("ppo.layout", f"{needed}; allowed with base.quantization: shared"))
         if ppo.ptx and getattr(self.data, ppo.ptx.source) is None:
             problems.append(("ppo.ptx.source", f"needs a section data.{ppo.ptx.source}"))
         if ppo.heldout_reward == "reward" and not (self.reward or self.run.parents.reward):

@@ -61,9 +61,15 @@ def check_divides(key: str, part: int, whole_key: str, whole: int) -> None:
         refuse(key, f"does not divide {whole_key}={whole}; allowed: {allowed}")
 
 
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+
+
 class Optimisation(Section):
     """What every training stage says about its optimiser."""
 
+    # 8bit: its states in 8 bits, of tensors with 4096 numbers or more. paged: in memory that a GPU
+    # moves to the host when it runs short (Dettmers et al. 2023); on a CPU the same as without.
+    optimizer: OptimizerName = "adamw"
     lr: PositiveFloat
     batch_size: Positive  # rows per optimiser step, over all processes
     micro_batch_size: Positive | None = None  # rows per forward pass; null: the whole batch

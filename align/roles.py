@@ -11,7 +11,7 @@ trained, a model of its own; reward models and the critic add a head:
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from align.adapters import WEIGHTS
 from align.attention import NAME, Layout, why_not_packed
@@ -30,6 +31,7 @@ from align.functional import token_entropy, token_logprobs
 from align.generation import Engine, Generated, generate
 from align.logprobs import head_logprobs
 from align.lora import fuse
+from align.models import recompute_activations
 from align.sequences import Sequences, micro_batches, position_ids
 from align.trunk import Trunk, trunk_depth
 
@@ -57,6 +59,8 @@ class Roles(nn.Module):
             hidden states.
         trainable: the roles that get gradients.
         engine: ``native``, or ``hf`` for plain transformers: padded batches and whole logits.
+        recompute: passes with gradients keep the inputs of the layers only, and compute the rest
+            again, under the role that they were computed under, in the backward pass.
 
     Raises:
         InputError: the native engine does not know the base's kind of attention.
@@ -71,6 +75,7 @@ class Roles(nn.Module):
         heads: Mapping[Role, nn.Module] | None = None,
         trainable: Sequence[Role] = (),
         engine: Engine = "native",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.engine = engine
@@ -88,6 +93,8 @@ class Roles(nn.Module):
                 parameter.requires_grad_(True)
         for model in (base, *self.models.values()):
             _prepare(model, engine)
+            if recompute:
+                recompute_activations(cast(PreTrainedModel, model), self._contexts)
         depth = trunk_depth(base.base_model, lambda m: isinstance(m, BaseTunerLayer))
         partial = 0 < depth < base.config.num_hidden_layers
         self.trunk = Trunk(base.base_model, depth) if partial and engine == "native" else None
@@ -127,12 +134,22 @@ class Roles(nn.Module):
             with torch.autocast(self.device.type, dtype=self.base.dtype, enabled=low):
                 yield self.model(role)
             return
-        previous = list(self._layers[0].active_adapters) if self._layers else []
-        self._activate([] if role == "base" else [role])
-        try:
+        with self._adapters([] if role == "base" else [role]):
             yield self.base
+
+    @contextmanager
+    def _adapters(self, names: list[str]) -> Iterator[None]:
+        previous = list(self._layers[0].active_adapters) if self._layers else []
+        self._activate(names)
+        try:
+            yield
         finally:
             self._activate(previous)
+
+    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Return the contexts of a layer's pass and of its repetition: under the same adapter."""
+        names = list(self._layers[0].active_adapters) if self._layers else []
+        return nullcontext(), self._adapters(names)
 
     def _activate(self, names: list[str]) -> None:
         for layer in self._layers:
@@ -159,7 +176,7 @@ class Roles(nn.Module):
 
     def hidden(self, role: Role, sequences: Sequences) -> Tensor:
         """Return the last layer's hidden states under a role, ``[N, H]``, text after text."""
-        with self.use(role) as model:
+        with self.use(role) as model, _recomputing(model):
             if self.engine == "hf":
                 return _run_padded(model.base_model, sequences)
             if sequences.trunk is None or model is not self.base:
@@ -253,6 +270,27 @@ class Roles(nn.Module):
             )
 
 
+@contextmanager
+def _recomputing(model: nn.Module) -> Iterator[None]:
+    """Put the layers that recompute their activations into training mode for a pass with gradients.
+
+    The layers only, not what is in them. Everywhere else they stay in evaluation mode, where they
+    compute as if nothing were: in training mode they would throw a key-value cache away.
+    """
+    layers = {
+        layer: layer.training
+        for layer in model.modules()
+        if torch.is_grad_enabled() and isinstance(layer, GradientCheckpointingLayer)
+    }
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer, training in layers.items():
+            layer.training = training
+
+
 def _prepare(model: Any, engine: Engine) -> None:
     """Choose the model's attention, and turn its dropout off."""
     if engine == "native":
@@ -266,10 +304,6 @@ def _prepare(model: Any, engine: Engine) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        # On processors with bfloat16 instructions, 4-bit layers are repacked by the first pass
-        # without gradients and lose them from then on, in silence.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _run_packed(backbone: nn.Module, sequences: Sequences) -> Tensor:

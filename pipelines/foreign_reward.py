@@ -93,7 +93,8 @@ def load_foreign_rewards(
 ) -> ForeignRewards:
     """Load finished reward models that were made on one base with one tokenizer and template.
 
-    The base is loaded once, in the dtype that the recipe gives to its own.
+    The base is loaded once, quantised as the models were trained on it, and otherwise in the dtype
+    that the recipe gives to its own.
 
     Args:
         recipe: of the run that scores, not of the one that made the models.
@@ -114,7 +115,13 @@ def load_foreign_rewards(
     with _named(folders[0]):
         location, revision = _base_location(models[0]), manifest.base.revision
         _check_origin(tokenizer, base_facts(location, revision), manifest)
-        base = Base(id=location, revision=revision, dtype=recipe.base.dtype)
+        base = Base(
+            id=location,
+            revision=revision,
+            dtype=recipe.base.dtype,
+            quantization=manifest.base.quantization,
+            double_quantization=manifest.base.double_quantization,
+        )
         foreign = recipe.model_copy(update={"base": base})
         check_lengths(
             base_config(foreign, location),

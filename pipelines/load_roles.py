@@ -13,11 +13,11 @@ from align.generation import Engine
 from align.manifest import BaseFacts
 from align.models import (
     base_config,
-    base_facts,
     base_location,
     check_lengths,
     compute_device,
     load_causal_lm,
+    recipe_base_facts,
 )
 from align.roles import Role, Roles, merged
 from data.render import Renderer
@@ -66,7 +66,7 @@ def load_roles(
     """
     limits, location = job.recipe.data, base_location(job.recipe)
     tokenizer = AutoTokenizer.from_pretrained(job.parent_folder("sft") / "model")
-    facts = base_facts(location, job.recipe.base.revision)
+    facts = recipe_base_facts(job.recipe)
     job.check_origin(tokenizer, facts)
     keys = f"data.max_prompt_tokens + {job.stage}.max_new_tokens"
     longest = limits.max_prompt_tokens + max_new_tokens
@@ -87,6 +87,7 @@ def load_roles(
         heads=heads,
         trainable=trainable,
         engine=engine or ("hf" if why_not_packed(base.config) else "native"),
+        recompute=job.recipe.base.gradient_checkpointing and bool(trainable),
     ).to(compute_device())
     renderer = Renderer(tokenizer, limits.max_prompt_tokens, limits.max_response_tokens)
     return LoadedRoles(

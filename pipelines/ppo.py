@@ -35,7 +35,8 @@ from pipelines.stage import StageJob, StageResult
 from pipelines.stopping import Stopping
 from pipelines.update import Updater
 
-# |ratio - 1| allowed before the first update, and |KL| per token at step 0, by base dtype. In
+# |ratio - 1| allowed before the first update, and |KL| per token at step 0, by the coarser of the
+# base's dtype and the one that its layers compute in. In
 # float32 both are 0 on a CPU; what is left covers kernels that differ with and without gradient.
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.05}
 
@@ -44,8 +45,8 @@ def run(job: StageJob) -> StageResult:
     """Train policy and critic; see the module's docstring."""
     recipe, section = job.recipe, job.recipe.ppo
     assert section is not None
-    tolerance = _TOLERANCE[recipe.base.dtype]
     loaded = _load(job, section)
+    tolerance = max(_TOLERANCE[name] for name in (recipe.base.dtype, loaded.facts.compute_dtype))
     roles = loaded.roles
     score = ppo_scorer(job, section, loaded)
     prompts, dropped = _usable(job, loaded)

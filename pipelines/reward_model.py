@@ -16,8 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from align.adapters import check_trained
 from align.errors import InputError, TrainingError
-from align.models import base_facts, base_location, compute_device, load_causal_lm
+from align.models import (
+    base_location,
+    compute_device,
+    load_causal_lm,
+    recipe_base_facts,
+    recompute_activations,
+)
 from align.recipe import Recipe, Reward
 from align.seeds import derive_seed
 from data.records import Demonstration, Ranking, Record, as_demonstration
@@ -68,7 +75,7 @@ def run(job: StageJob) -> StageResult:
     recipe, section = job.recipe, job.recipe.reward
     assert section is not None
     location = base_location(recipe)
-    facts = base_facts(location, recipe.base.revision)
+    facts = recipe_base_facts(recipe)
     tokenizer = AutoTokenizer.from_pretrained(job.parent_folder("sft") / "model")
     job.check_origin(tokenizer, facts)
     tokens = _tokenize(job, tokenizer)
@@ -79,6 +86,9 @@ def run(job: StageJob) -> StageResult:
         job.parent_folder("sft") / "model",
         derive_seed(recipe.seed, "reward", "head"),
     )
+    check_trained(model.classifier)
+    if recipe.base.gradient_checkpointing:
+        recompute_activations(model.backbone)
     steps = _train(job, model, tokens)
     score = _scorer(model, section, tokens.pad_id)
     if tokens.demonstrations:

@@ -118,9 +118,9 @@ def _roles(job: StageJob, section: Ppo) -> dict[str, str]:
     return roles
 
 
-def _origin(manifest: Manifest) -> tuple[str, str, str]:
-    """Return what two models have to have in common for one's tokens to be the other's."""
-    return manifest.base.sha256, manifest.tokenizer_sha256, manifest.template_sha256
+def _origin(manifest: Manifest) -> tuple[str, ...]:
+    """Return what two models have to have in common to share a base and read the same tokens."""
+    return tuple(manifest.origin.values())
 
 
 def _members(
@@ -148,7 +148,7 @@ def _foreign_scorers(
 ) -> dict[str, Scorer]:
     """Return scorers of the models that do not share our base; those that share one share it."""
     manifests = read_reward_models(job.recipe, job.stage)
-    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in names:
         groups[_origin(manifests[name])].append(name)
     scorers: dict[str, Scorer] = {}

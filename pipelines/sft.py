@@ -17,16 +17,17 @@ from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from align.adapters import lora_config, save_adapter
+from align.adapters import check_trained, lora_config, save_adapter
 from align.errors import InputError, TrainingError
 from align.generation import generate
 from align.models import (
     base_config,
-    base_facts,
     base_location,
     check_lengths,
     first_line,
     load_causal_lm,
+    recipe_base_facts,
+    recompute_activations,
 )
 from align.recipe import Recipe, Sft
 from align.seeds import derive_seed
@@ -48,7 +49,7 @@ def run(job: StageJob) -> StageResult:
     assert section is not None
     location = base_location(recipe)
     tokenizer = load_tokenizer(recipe)
-    base = base_facts(location, recipe.base.revision)
+    base = recipe_base_facts(recipe)
     job.check_origin(tokenizer, base)
 
     limits = (recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
@@ -117,10 +118,9 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     config = lora_config(recipe.adapter, "CAUSAL_LM", model)
     torch.manual_seed(derive_seed(recipe.seed, "sft", "adapter"))
     adapted = cast(PeftModel, get_peft_model(model, config))
-    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    wrong = [n for n, p in trained.items() if "lora_" not in n or p.dtype != torch.float32]
-    if wrong or not trained:
-        raise TrainingError(f"sft: only a float32 adapter must be trained, but found {wrong}")
+    check_trained(adapted)
+    if recipe.base.gradient_checkpointing:
+        recompute_activations(cast(PreTrainedModel, adapted.get_base_model()))
     return adapted
 
 
@@ -160,6 +160,11 @@ def make_trainer(
         train_dataset=data,
         processing_class=tokenizer,
     )
+    # On a quantised base TRL rounds the adapter to bfloat16, in which small updates vanish.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    check_trained(model)
     kept = cast(Dataset, trainer.train_dataset)
     count = sum(len(pack) for pack in kept["seq_lengths"]) if section.packing else len(kept)
     learned = sum(label != IGNORED for labels in kept["labels"] for label in labels)

@@ -53,7 +53,15 @@ _MODULES: dict[StageName, str] = {
     "ppo": "pipelines.ppo",
     "evaluate": "pipelines.evaluate",
 }
-_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
+_LIBRARIES: tuple[str, ...] = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+)
 
 
 @dataclass
@@ -119,6 +127,8 @@ class StageJob:
     def check_origin(self, tokenizer: "PreTrainedTokenizerBase", base: BaseFacts) -> None:
         """Refuse to build on parents made with another base, tokenizer or chat template.
 
+        A base that they loaded in another precision is another base; see ``BaseFacts``.
+
         Raises:
             ParentError: names the parent, and what differs.
         """
@@ -128,10 +138,11 @@ class StageJob:
             "tokenizer": tokenizer_sha256(tokenizer),
             "chat template": template_sha256(tokenizer),
             "base": base.sha256,
+            "base quantization": base.precision,
         }
         for name, parent in self.parents.items():
-            theirs = (parent.tokenizer_sha256, parent.template_sha256, parent.base.sha256)
-            for (what, mine), other in zip(ours.items(), theirs, strict=True):
+            for what, other in parent.origin.items():
+                mine = ours[what]
                 if mine != other:
                     raise ParentError(
                         f"{self.stage}: the recipe's {what} ({mine[:12]}) is not the one that"
@@ -247,7 +258,7 @@ def _write_manifest(job: StageJob, result: StageResult, inputs_sha256: str, star
         recipe_sha256=stages.recipe_sha256(job.recipe, job.stage),
         inputs_sha256=inputs_sha256,
         code_version=align.__version__,
-        versions={"python": sys.version.split()[0]} | {name: version(name) for name in _LIBRARIES},
+        versions=_versions(job.recipe),
         base=result.base,
         tokenizer_sha256=tokenizer_sha256(result.tokenizer),
         template_sha256=template_sha256(result.tokenizer),
@@ -269,6 +280,13 @@ def _write_manifest(job: StageJob, result: StageResult, inputs_sha256: str, star
         finished=_now(),
     )
     manifests.write_manifest(job.directory, manifest)
+
+
+def _versions(recipe: Recipe) -> dict[str, str]:
+    names = _LIBRARIES
+    if recipe.base.quantization != "none":
+        names += ("bitsandbytes",)
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
 
 
 def _data_facts(job: StageJob, result: StageResult) -> tuple[DataFacts, ...]:

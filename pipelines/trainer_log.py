@@ -21,8 +21,16 @@ from transformers import (
 
 from align.errors import TrainingError
 from align.metrics import MetricsLog
-from align.recipe_types import Optimisation
+from align.quantization import bitsandbytes
+from align.recipe_types import Optimisation, OptimizerName
 
+# By their names in transformers.
+_OPTIMIZERS: dict[OptimizerName, str] = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
 _OTHER_KEYS = ("accuracy", "perplexity")  # passed on as they are
 
 
@@ -115,13 +123,19 @@ def trainer_settings(
 ) -> dict[str, Any]:
     """Return the arguments of ``TrainingArguments`` or a subclass, every one that matters explicit.
 
-    Precision is that of the loaded model: no autocast. One process.
+    Precision is that of the loaded model: no autocast. One process. Gradient checkpointing is a
+    matter of the model (``align.models.recompute_activations``), not of the trainer.
 
     Args:
         directory: where the trainer may write; nothing is written with these settings.
         steps: optimiser steps in all.
         seed: of the order of rows and of dropout.
+
+    Raises:
+        InputError: the optimiser needs bitsandbytes, which is missing.
     """
+    if section.optimizer != "adamw":
+        bitsandbytes(f"optimizer={section.optimizer}")
     micro = section.micro_batch_size or section.batch_size
     return {
         "output_dir": str(directory),
@@ -136,7 +150,7 @@ def trainer_settings(
         "warmup_steps": math.ceil(section.warmup_ratio * steps),
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
-        "optim": "adamw_torch",
+        "optim": _OPTIMIZERS[section.optimizer],
         "adam_beta1": 0.9,
         "adam_beta2": 0.999,
         "adam_epsilon": 1e-8,

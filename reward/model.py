@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -165,6 +165,12 @@ class RewardModel(nn.Module):
         self.classifier = classifier
         self.head = head
 
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """What gives the hidden states, with the adapter in it."""
+        classifier: Any = self.classifier.get_base_model()
+        return cast(PreTrainedModel, classifier.base_model)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Score rows of prompt and response.
 
@@ -175,8 +181,7 @@ class RewardModel(nn.Module):
         Returns:
             ``[B]`` float32.
         """
-        classifier: Any = self.classifier.get_base_model()
-        hidden = classifier.base_model(
+        hidden = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask.long(),
             position_ids=position_ids(attention_mask),

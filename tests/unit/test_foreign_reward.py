@@ -16,7 +16,7 @@ from data.load import LoadedData
 from data.records import Message, Prompt
 from pipelines.rollout import as_chat
 from pipelines.scoring import ppo_scorer
-from tests.finished import TEMPLATE, foreign_tokenizer, plain
+from tests.finished import TEMPLATE, edit_manifest, foreign_tokenizer, plain
 from tests.reward_world import (
     BASES,
     PROMPTS,
@@ -69,6 +69,33 @@ def test_foreign_models_on_one_base_share_it(world: World, monkeypatch: pytest.M
     expected = [(a + b) / 2 + a for a, b in both]
     assert ask(scorer, loaded) == close(expected)
     assert loads == [str(world.root / "runs/far/pretrain/model")]
+
+
+def test_a_model_made_on_the_same_base_in_4_bits_scores_on_a_4_bit_base_of_its_own(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, loaded = scorer_of(world, [{"model": "runs/other/reward"}])
+    assert "reward1" in loaded.roles.heads  # it shares the policy's base
+    before = ask(whole, loaded)
+    manifest = find_manifest(Path("runs/other/reward"))
+    assert manifest is not None
+    edit_manifest(
+        Path("runs/other/reward"), base=manifest.base.model_dump() | {"quantization": "nf4"}
+    )
+    kinds = []
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda location, **settings: (
+            kinds.append(settings["quantization_config"].bnb_4bit_quant_type)
+            or load(location, **settings)
+        ),
+    )
+    scorer, loaded = scorer_of(world, [{"model": "runs/other/reward"}])
+    assert "reward1" not in loaded.roles.heads
+    assert kinds == ["nf4"]
+    assert ask(scorer, loaded) != close(before)
 
 
 def test_a_run_tree_with_its_base_can_be_moved(world: World) -> None:

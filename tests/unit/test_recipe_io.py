@@ -132,8 +132,13 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
         ("base: {id: pretrain}", "base: {}", "base.id: missing; needed: text"),
         (
             "base: {id: pretrain}",
-            "base: {id: pretrain, quantization: nf4}",
-            "base.quantization=nf4: planned but not built yet; allowed today: none",
+            "base: {id: pretrain, quantization: int8, double_quantization: true}",
+            "base.double_quantization=true: has no effect with base.quantization=int8; allowed",
+        ),
+        (
+            "base: {id: pretrain}",
+            "base: {id: pretrain, compute_dtype: bfloat16}",
+            "base.compute_dtype=bfloat16: has no effect with base.quantization=none; allowed",
         ),
         ("base: {id: pretrain}", "base: {id: gpt2}", "pretrain: has no effect while base.id=gpt2"),
         ("    train: [{world: text}]", "    train: []", "data.pretrain.train: found an empty list"),

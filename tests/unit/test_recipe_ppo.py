@@ -52,6 +52,10 @@ def refused(*overrides: str) -> list[str]:
         (["ppo.reward=[]"], "found an empty list; allowed: model, or a Python function as"),
         (["adapter.method=prefix"], "adapter.method=prefix: "),
         (
+            ["ppo.layout=separate", "base.quantization=nf4"],
+            "ppo.layout=separate: trains all weights, and those in nf4 have no gradient; allowed",
+        ),
+        (
             ["data.prompts.heldout=[]", "ppo.keep=best"],
             "ppo.keep=best: is decided by held-out prompts",
         ),

@@ -12,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from align.errors import InputError, ParentError
 from align.functional import ppo_policy_loss, ppo_value_loss
+from align.quantization import prepare_quantized
+from align.recipe import Base
 from align.roles import Roles
 from align.sequences import Sequences, join
 from reward.model import ScoreHead
@@ -118,7 +120,7 @@ def test_t4_on_a_4_bit_base_the_ratio_is_1_and_gradients_stay(tmp_path, batch):
     base = AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", dtype=torch.float32, quantization_config=nf4
     )
-    assert any(type(module).__name__ == "Linear4bit" for module in base.modules())
+    prepare_quantized(base, Base(id="tiny", quantization="nf4"), torch.device("cpu"))
     roles = Roles(base, {"policy": sft, "reference": sft}, trainable=("policy",))
     roles.generate(
         "policy", PROMPTS, max_new_tokens=4, temperature=1.0, end_ids=[1], pad_id=0, seed=0
