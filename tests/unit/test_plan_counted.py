@@ -258,7 +258,8 @@ def test_activations_are_those_that_autograd_keeps(tmp_path, dtype, texts, make)
     width = {"float32": 4, "bfloat16": 2}[dtype]
     compute = Compute(width, Adapter(r=4, alpha=8.0), joined=texts > 1)
     expected = kept_per_token(read_shape(base.config.to_dict()), compute)
-    assert (kept[1] - kept[0]) / 4 / (64 * texts) == pytest.approx(expected, rel=0.05)
+    counted = (kept[1] - kept[0]) / 4 / (64 * texts)
+    assert counted == pytest.approx(expected, rel=0.01)
 
 
 def deep(make, depth: int):
