@@ -1,5 +1,6 @@
 """What the report reads from a run directory, and the words and drawings it makes of it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from align.recipe import StageName
 from pipelines import charts, results
 from pipelines.report import duration, render
 from pipelines.results import number, percent
-from pipelines.run_facts import StageFacts, read_run
+from pipelines.run_facts import StageFacts, _read_rows, read_run
 from pipelines.samples import MAX_CHARACTERS, Examples, examples
 from tests.run_tree import write_run, write_stage
 
@@ -249,3 +250,10 @@ def test_examples_without_evaluation_are_the_first_and_last_look_of_ppo() -> Non
     assert example.before is not None
     assert example.after is not None
     assert (example.before.text, example.after.text) == ("at 0", "at 20")
+
+
+def test_separators_inside_a_response_do_not_end_a_row(tmp_path):
+    rows = [{"response": "a\u2028b\u0085c\x1cd"}, {"response": "e"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "samples.jsonl").write_text(text, encoding="utf-8")
+    assert _read_rows(tmp_path / "samples.jsonl") == rows
