@@ -377,6 +377,7 @@ class TestSft:
             temperature=0,
             end_ids=(1,),
             pad_id=0,
+            engine="hf",
             seed=0,
         )
         return generated.responses[0]
