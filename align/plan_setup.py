@@ -131,7 +131,7 @@ class Setup:
 
 def training_items(tensors: Sequence[int], section: Optimisation) -> tuple[Item, Item]:
     """Return gradients and optimiser states of trained tensors of so many numbers each."""
-    optimizer, count = str(getattr(section, "optimizer", "adamw")), sum(tensors)
+    optimizer, count = section.optimizer, sum(tensors)
     gradients = Item("gradients", FLOAT * count, f"{count:,} x {FLOAT} B", "gradients")
     how = f"two moments of {count:,} numbers"
     states = Item(f"optimiser ({optimizer})", adam_bytes(tensors, optimizer), how, "states")
@@ -139,12 +139,15 @@ def training_items(tensors: Sequence[int], section: Optimisation) -> tuple[Item,
 
 
 def overhead() -> Item:
+    """Return what a process takes before any tensor."""
     return Item("libraries, allocator", OVERHEAD, "a flat allowance")
 
 
 def mask_item(rows: int, tokens: int) -> Item:
+    """Return a batch's attention mask, one byte for each pair of tokens in a row."""
     return Item("attention mask", rows * tokens**2, f"{rows} rows x {tokens}^2 x 1 B")
 
 
 def logits_item(name: str, tokens: int, vocab: int, width: int) -> Item:
+    """Return logits and what is computed from them, ``width`` bytes for each in all."""
     return Item(name, tokens * vocab * width, f"{tokens:,} tokens x {vocab:,} x {width} B")

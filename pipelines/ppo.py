@@ -36,8 +36,8 @@ from pipelines.stopping import Stopping
 from pipelines.update import Updater
 
 # |ratio - 1| allowed before the first update, and |KL| per token at step 0, by the coarser of the
-# base's dtype and the one that its layers compute in. In
-# float32 both are 0 on a CPU; what is left covers kernels that differ with and without gradient.
+# base's dtype and the one that its layers compute in. In float32 both are 0 on a CPU; what is left
+# covers kernels that differ with and without gradient.
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.05}
 
 
