@@ -162,10 +162,10 @@ def read_manifest(directory: Path, stage: StageName) -> Manifest:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ParentError(f"{path}: not a manifest: {where}: {first['msg']}") from None
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise ParentError(f"{path}: not a manifest: {where}{first['msg']}") from None
     if manifest.stage != stage:
-        raise ParentError(f"{directory}: holds a {manifest.stage} stage; a {stage} stage is needed")
+        raise ParentError(f"{directory}: holds stage {manifest.stage}; stage {stage} is needed")
     return manifest
 
 

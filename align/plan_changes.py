@@ -138,11 +138,11 @@ def _changes(recipe: Recipe) -> list[Change]:
     """Return what can be given up, beside the size of micro-batches."""
     base, adapter = recipe.base, recipe.adapter
     found = _ppo_changes(recipe.ppo) if recipe.ppo is not None else []
-    if not getattr(base, "gradient_checkpointing", True):
+    if not base.gradient_checkpointing:
         key = "base.gradient_checkpointing"
         found.append(Change("gradient checkpointing: a third slower", 3, {key: True}))
     trained = [s for s in ("sft", "reward", "ppo") if getattr(recipe, s) is not None]
-    if all(getattr(getattr(recipe, s), "optimizer", None) == "adamw" for s in trained):
+    if all(getattr(recipe, s).optimizer == "adamw" for s in trained):
         values = {f"{stage}.optimizer": "adamw_8bit" for stage in trained}
         found.append(Change("Adam's moments in 8 bits", 4, values))
     if base.id != "pretrain" and base.dtype == "float32":

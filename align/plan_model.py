@@ -169,53 +169,69 @@ def _llama(config: Mapping[str, Any], kind: str) -> Shape:
 
 
 def _gpt2(config: Mapping[str, Any]) -> Shape:
-    hidden, inner = config["n_embd"], config.get("n_inner") or 4 * config["n_embd"]
-    return Shape(
-        family="gpt",
-        vocab=config["vocab_size"],
-        hidden=hidden,
-        layers=config["n_layer"],
-        heads=config["n_head"],
-        kv_heads=config["n_head"],
-        head_dim=hidden // config["n_head"],
-        intermediate=inner,
-        matrices=(
+    hidden, vocab = config["n_embd"], config["vocab_size"]
+    inner = config.get("n_inner") or 4 * hidden
+    return _gpt(
+        vocab,
+        config["n_layer"],
+        config["n_head"],
+        (
             Matrix("c_attn", hidden, 3 * hidden, True),
             Matrix("c_proj", hidden, hidden, True),
             Matrix("c_fc", hidden, inner, True),
             Matrix("c_proj", inner, hidden, True),
         ),
-        norms=4 * hidden,
-        other=(config["vocab_size"] + config["n_positions"]) * hidden + 2 * hidden,
+        other=(vocab + config["n_positions"]) * hidden + 2 * hidden,
         tied=bool(config.get("tie_word_embeddings", True)),
         mlp_kept=4,
     )
 
 
 def _gpt_neox(config: Mapping[str, Any]) -> Shape:
-    hidden, heads, inner = (
-        config[key] for key in ("hidden_size", "num_attention_heads", "intermediate_size")
+    hidden, vocab, inner = (
+        config[key] for key in ("hidden_size", "vocab_size", "intermediate_size")
     )
     bias = bool(config.get("attention_bias", True))
-    return Shape(
-        family="gpt",
-        vocab=config["vocab_size"],
-        hidden=hidden,
-        layers=config["num_hidden_layers"],
-        heads=heads,
-        kv_heads=heads,
-        head_dim=hidden // heads,
-        intermediate=inner,
-        matrices=(
+    return _gpt(
+        vocab,
+        config["num_hidden_layers"],
+        config["num_attention_heads"],
+        (
             Matrix("query_key_value", hidden, 3 * hidden, bias),
             Matrix("dense", hidden, hidden, bias),
             Matrix("dense_h_to_4h", hidden, inner, True),
             Matrix("dense_4h_to_h", inner, hidden, True),
         ),
-        norms=4 * hidden,
-        other=config["vocab_size"] * hidden + 2 * hidden,
+        other=vocab * hidden + 2 * hidden,
         tied=bool(config.get("tie_word_embeddings", False)),
         mlp_kept=1,
+    )
+
+
+def _gpt(
+    vocab: int,
+    layers: int,
+    heads: int,
+    matrices: tuple[Matrix, Matrix, Matrix, Matrix],
+    **more: Any,
+) -> Shape:
+    """Return the shape of a model with one matrix for queries, keys and values, and a plain MLP.
+
+    The third of the matrices leads into the MLP.
+    """
+    _, _, up, _ = matrices
+    return Shape(
+        family="gpt",
+        vocab=vocab,
+        hidden=up.inputs,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=up.inputs // heads,
+        intermediate=up.outputs,
+        matrices=matrices,
+        norms=4 * up.inputs,
+        **more,
     )
 
 

@@ -40,7 +40,7 @@ class Setup:
 
     @property
     def checkpointing(self) -> bool:
-        return bool(getattr(self.recipe.base, "gradient_checkpointing", False))
+        return self.recipe.base.gradient_checkpointing
 
     @property
     def longest(self) -> int:
@@ -63,7 +63,7 @@ class Setup:
         if kind == "none":
             count = shape.linear + rest
             return [Item("base", count * width, f"{count:,} x {width} B", "weights")]
-        double = bool(getattr(self.recipe.base, "double_quantization", False))
+        double = self.recipe.base.double_quantization
         stored, constants = linear_bytes(shape, kind, double)
         bits = "8" if kind == "int8" else "4"
         how = f"scales of {shape.layers * len(shape.matrices):,} matrices"

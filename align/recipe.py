@@ -22,6 +22,7 @@ from align.recipe_types import (
     Section,
     Strings,
     check_divides,
+    check_exactly_one,
     refuse,
     refuse_all,
     refuse_planned,
@@ -116,13 +117,7 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Source":
-        given = [k for k in ("path", "hub", "world") if getattr(self, k) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "none of them"
-            refuse(
-                given[-1] if given else "",
-                f"found {found}; allowed: exactly one of path, hub and world",
-            )
+        check_exactly_one(self, ("path", "hub", "world"))
         return self
 
 

@@ -16,6 +16,7 @@ from align.recipe_types import (
     Section,
     Strings,
     check_divides,
+    check_exactly_one,
     refuse,
 )
 
@@ -40,13 +41,7 @@ class RewardSource(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "RewardSource":
-        given = [k for k in ("model", "ensemble", "function") if getattr(self, k) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "none of them"
-            refuse(
-                given[-1] if given else "",
-                f"found {found}; allowed: exactly one of model, ensemble and function",
-            )
+        check_exactly_one(self, ("model", "ensemble", "function"))
         if self.ensemble is not None and len(self.ensemble) < 2:
             refuse("ensemble", "names one model; allowed: two or more, or `model` for one")
         if self.std_penalty and self.ensemble is None:

@@ -53,6 +53,15 @@ def refuse_planned(key: str, allowed: str) -> NoReturn:
     refuse(key, f"planned but not built yet; allowed today: {allowed}")
 
 
+def check_exactly_one(section: Section, keys: tuple[str, str, str]) -> None:
+    """Refuse a section that gives none of three keys, or several."""
+    given = [key for key in keys if getattr(section, key) is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none of them"
+        allowed = f"exactly one of {keys[0]}, {keys[1]} and {keys[2]}"
+        refuse(given[-1] if given else "", f"found {found}; allowed: {allowed}")
+
+
 def check_divides(key: str, part: int, whole_key: str, whole: int) -> None:
     """Refuse a ``part`` that does not divide the ``whole``; the message lists what does."""
     if whole % part:

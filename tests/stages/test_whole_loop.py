@@ -188,8 +188,8 @@ def test_ppo_stops_when_the_policy_has_moved_too_far(copied: Path, run: Path) ->
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("run.parents.sft=runs/{run}/reward", "holds a reward stage; a sft stage is needed"),
-        ("run.parents.reward=runs/{run}/sft", "holds a sft stage; a reward stage is needed"),
+        ("run.parents.sft=runs/{run}/reward", "holds stage reward; stage sft is needed"),
+        ("run.parents.reward=runs/{run}/sft", "holds stage sft; stage reward is needed"),
         ("run.parents.sft=nowhere", "no finished sft stage here"),
         ("ppo.reward=rewards:missing", "importing it fails"),
     ],

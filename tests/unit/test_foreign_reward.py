@@ -18,29 +18,16 @@ from pipelines.rollout import as_chat
 from pipelines.scoring import ppo_scorer
 from tests.finished import TEMPLATE, edit_manifest, foreign_tokenizer, plain
 from tests.reward_world import (
-    BASES,
     PROMPTS,
     RESPONSES,
     World,
     ask,
-    build,
     close,
-    copied,
     plain_far,
     policy_ids,
     scorer_of,
     start,
 )
-
-
-@pytest.fixture(scope="module", params=BASES.values(), ids=BASES.keys())
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return build(tmp_path_factory.mktemp("runs"), *request.param)
-
-
-@pytest.fixture
-def world(built: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    return copied(built, tmp_path, monkeypatch)
 
 
 # T29: the sampled ids are no encoding of their text; a model with a tokenizer of its own encodes

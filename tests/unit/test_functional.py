@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch.testing import assert_close
 
 from align.functional import (
     Moments,
@@ -24,16 +23,9 @@ from align.functional import (
     token_logprobs,
     token_rewards,
 )
+from tests.tensors import close, random
 
 T, F = True, False
-
-
-def close(actual, expected, atol=1e-6):
-    assert_close(actual, torch.as_tensor(expected, dtype=torch.float32), rtol=1e-5, atol=atol)
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def garbage(x, mask, value):

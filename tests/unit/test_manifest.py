@@ -60,7 +60,7 @@ def test_missing_broken_or_another_stage_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ParentError, match=r"no finished sft stage here \(stage.json is missing\)"):
         read_manifest(tmp_path, "sft")
     write_manifest(tmp_path, make())
-    with pytest.raises(ParentError, match="holds a sft stage; a reward stage is needed"):
+    with pytest.raises(ParentError, match="holds stage sft; stage reward is needed"):
         read_manifest(tmp_path, "reward")
     (tmp_path / "stage.json").write_text('{"stage": "sft"')
     with pytest.raises(ParentError, match="not a manifest"):

@@ -131,7 +131,7 @@ def test_where_the_models_lie_does_not_decide_what_evaluation_found(home: Path) 
         ("nowhere", r"nowhere: no finished reward stage here .*; allowed: `reward`, this recipe's"),
         (
             "other/sft",
-            "other/sft: holds a sft stage; a reward stage is needed; did you mean other/",
+            "other/sft: holds stage sft; stage reward is needed; did you mean other/",
         ),
         ("other", "other: no finished reward stage here .*; did you mean other/reward"),
         ("other/reward/model", "other/reward/model: no finished .*; did you mean other/reward"),
@@ -182,7 +182,7 @@ def test_the_command_refuses_at_once_and_writes_nothing(home: Path) -> None:
     )
     assert time.monotonic() - started < 5  # alone, half a second
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "ppo.reward.1: other/sft: holds a sft stage; a reward stage is needed" in done.stderr
+    assert "ppo.reward.1: other/sft: holds stage sft; stage reward is needed" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""  # no process was started
     assert sorted(home.rglob("*")) == before

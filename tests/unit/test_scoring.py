@@ -21,30 +21,17 @@ from pipelines.rollout import as_chat
 from pipelines.scoring import RewardScorer, heldout_scorer, ppo_scorer, reward_roles
 from tests.finished import edit_manifest
 from tests.reward_world import (
-    BASES,
     PROMPTS,
     RESPONSES,
     World,
     ask,
-    build,
     close,
-    copied,
     plain_far,
     plain_own,
     policy_ids,
     scorer_of,
     start,
 )
-
-
-@pytest.fixture(scope="module", params=BASES.values(), ids=BASES.keys())
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return build(tmp_path_factory.mktemp("runs"), *request.param)
-
-
-@pytest.fixture
-def world(built: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    return copied(built, tmp_path, monkeypatch)
 
 
 def test_models_on_our_base_are_roles_and_others_are_not(world: World) -> None:
