@@ -339,9 +339,10 @@ class Recipe(Section):
 
     def _ppo_problems(self, ppo: Ppo) -> list[tuple[str, str]]:
         problems = []
-        if ppo.layout == "separate" and self.base.quantization != "none":
+        if ppo.own_models and self.base.quantization != "none":
+            key = "ppo.layout" if ppo.layout == "separate" else "ppo.value.layout"
             needed = f"trains all weights, and those in {self.base.quantization} have no gradient"
-            problems.append(("ppo.layout", f"{needed}; allowed with base.quantization: shared"))
+            problems.append((key, f"{needed}; allowed with base.quantization: shared"))
         if ppo.ptx and getattr(self.data, ppo.ptx.source) is None:
             problems.append(("ppo.ptx.source", f"needs a section data.{ppo.ptx.source}"))
         if ppo.heldout_reward == "reward" and not (self.reward or self.run.parents.reward):

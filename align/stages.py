@@ -287,9 +287,10 @@ def _what_changed(
         return f"made by Align {manifest.code_version}, this is {align.__version__}"
     if manifest.recipe_sha256 != recipe_sha256(recipe, stage):
         return "its settings in the recipe have changed"
-    before = {parent.stage: parent.sha256 for parent in manifest.parents}
-    now = {name: parent.outputs_sha256() for name, parent in parents.items()}
-    changed = [name for name in STAGES if before.get(name) != now.get(name)]
+    before = {(parent.stage, parent.sha256) for parent in manifest.parents}
+    now = {(name, parent.outputs_sha256()) for name, parent in parents.items()}
+    now |= {("reward", m.outputs_sha256()) for m in read_reward_models(recipe, stage).values()}
+    changed = [name for name in STAGES if any(name == stage for stage, _ in before ^ now)]
     if changed:
         return f"its parent {' and '.join(changed)} has changed"
     return "its data or other input files have changed"

@@ -106,14 +106,11 @@ def _load(job: StageJob, section: Ppo) -> LoadedRoles:
     on_policy = section.value.trunk == "policy"
     if not on_policy:
         folders["value"] = rewards["reward"] if section.needs_reward_stage else sft
-    own: tuple[Role, ...] = ()
-    if section.layout == "separate":
-        own = ("policy",) if on_policy else ("policy", "value")
     return load_roles(
         job,
         folders,
         max_new_tokens=section.max_new_tokens,
-        own_models=own,
+        own_models=section.own_models,
         value_on_policy=on_policy,
         trainable=("policy", "value"),
         engine=section.rollout.engine,

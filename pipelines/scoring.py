@@ -18,7 +18,7 @@ from data.records import Prompt
 from data.render import render_all
 from pipelines.foreign_reward import load_foreign_rewards
 from pipelines.load_roles import LoadedRoles
-from pipelines.rollout import Scorer
+from pipelines.rollout import Scorer, passes
 from pipelines.stage import StageJob
 from reward.combine import ensemble_score, source_metrics, weighted_sum
 
@@ -129,7 +129,7 @@ def _members(
     """Return the scorers of each source: one, or those of an ensemble's models."""
     roles = _roles(job, section)
     names = dict.fromkeys(name for source in sources for name in source.models)
-    models = {n: _role_scorer(loaded, roles[n]) for n in names if n in roles}
+    models = {n: _role_scorer(loaded, roles[n], section) for n in names if n in roles}
     models |= _foreign_scorers(job, section, loaded, [n for n in names if n not in roles])
     return [
         (_function_scorer(source.function, loaded.roles.device),)
@@ -139,8 +139,12 @@ def _members(
     ]
 
 
-def _role_scorer(loaded: LoadedRoles, role: str) -> Scorer:
-    return lambda prompts, responses, sequences: loaded.roles.scores(sequences, role=role)
+def _role_scorer(loaded: LoadedRoles, role: str, section: Ppo) -> Scorer:
+    def score(prompts: list[Chat], responses: list[str], sequences: Sequences) -> Tensor:
+        parts = [sequences.rows(rows) for rows in passes(sequences.lengths, section)]
+        return torch.cat([loaded.roles.scores(part, role=role) for part in parts])
+
+    return score
 
 
 def _foreign_scorers(

@@ -264,14 +264,7 @@ def _write_manifest(job: StageJob, result: StageResult, inputs_sha256: str, star
         template_sha256=template_sha256(result.tokenizer),
         pad_id=pad_id,
         eos_ids=tuple(end_ids(result.tokenizer)),
-        parents=tuple(
-            ParentFacts(
-                stage=name,
-                path=os.path.relpath(job.parent_folder(name), job.directory),
-                sha256=parent.outputs_sha256(),
-            )
-            for name, parent in job.parents.items()
-        ),
+        parents=_parent_facts(job),
         data=_data_facts(job, result),
         metrics=result.metrics,
         outputs=manifests.sha256_outputs(job.directory, result.outputs),
@@ -287,6 +280,21 @@ def _versions(recipe: Recipe) -> dict[str, str]:
     if recipe.base.quantization != "none":
         names += ("bitsandbytes",)
     return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
+
+
+def _parent_facts(job: StageJob) -> tuple[ParentFacts, ...]:
+    """Return the recipe's own stages that this one was made from, and the other reward models."""
+    made_from = [(name, job.parent_folder(name), made) for name, made in job.parents.items()]
+    for folder, made in stages.read_reward_models(job.recipe, job.stage).items():
+        made_from.append(("reward", Path(folder), made))
+    return tuple(
+        ParentFacts(
+            stage=name,
+            path=os.path.relpath(folder, job.directory),
+            sha256=made.outputs_sha256(),
+        )
+        for name, folder, made in made_from
+    )
 
 
 def _data_facts(job: StageJob, result: StageResult) -> tuple[DataFacts, ...]:
