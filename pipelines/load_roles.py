@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.adapters import is_adapter
 from align.attention import why_not_packed
+from align.base_check import check_base, own_logprobs, probe_texts
 from align.generation import Engine
 from align.manifest import BaseFacts
 from align.models import (
@@ -61,7 +62,8 @@ def load_roles(
         engine: see ``align.roles.Roles``; None takes the native one where the base allows it.
 
     Raises:
-        InputError: prompts and responses are longer than the base allows.
+        InputError: prompts and responses are longer than the base allows, or the base is of a kind
+            whose log-probabilities come out wrong here.
         ParentError: a parent was made on another base, or with another tokenizer or template.
     """
     limits, location = job.recipe.data, base_location(job.recipe)
@@ -72,6 +74,8 @@ def load_roles(
     longest = limits.max_prompt_tokens + max_new_tokens
     check_lengths(base_config(job.recipe, location), tokenizer, longest, keys)
     base = load_causal_lm(job.recipe, location)
+    texts = probe_texts(base.config.vocab_size)
+    expected = own_logprobs(base, texts)
     heads: dict[Role, ScoreHead] = {
         role: load_score_head(folder)
         for role, folder in folders.items()
@@ -89,6 +93,7 @@ def load_roles(
         engine=engine or ("hf" if why_not_packed(base.config) else "native"),
         recompute=job.recipe.base.gradient_checkpointing and bool(trainable),
     ).to(compute_device())
+    check_base(roles, texts, expected)
     renderer = Renderer(tokenizer, limits.max_prompt_tokens, limits.max_response_tokens)
     return LoadedRoles(
         roles, facts, tokenizer, renderer, end_ids(tokenizer), tokenizer.pad_token_id
