@@ -124,8 +124,8 @@ Layout = Literal["shared", "separate"]
 class Value(Section):
     """The critic."""
 
-    # "own": its own adapter (or model), from the reward model. "policy": a head on the policy's
-    # hidden states, from 0; one pass over the base serves both.
+    # "policy": a head on the policy's hidden states, from 0; one pass over the base serves both.
+    # "own": an adapter (or model) of its own, from the reward model.
     trunk: Literal["own", "policy"] = "own"
     warmup_steps: NotNegative = 0  # first rollouts that train the critic only
     layout: Layout | None = None  # null: that of ppo.layout
@@ -216,7 +216,10 @@ class Ppo(Optimisation):
         if self.heldout_reward is not None and self.heldout_reward in trained:
             refuse("heldout_reward", "is trained on as well (ppo.reward); name one that is not")
         if self.value.layout is not None and self.value.trunk == "policy":
-            refuse("value.layout", "there is no critic but a head on the policy; allowed: null")
+            refuse(
+                "value.layout",
+                "value.trunk=policy is a head on the policy's states; allowed with it: null",
+            )
         if self.value.warmup_steps >= self.steps:
             refuse("value.warmup_steps", f"leaves no step of steps={self.steps} for the policy")
         return self

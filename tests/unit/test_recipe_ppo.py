@@ -56,12 +56,12 @@ def refused(*overrides: str) -> list[str]:
             "ppo.layout=separate: trains all weights, and those in nf4 have no gradient; allowed",
         ),
         (
-            ["ppo.value.layout=separate", "base.quantization=nf4"],
+            ["ppo.value={trunk: own, layout: separate}", "base.quantization=nf4"],
             "ppo.value.layout=separate: trains all weights, and those in nf4 have no gradient",
         ),
         (
             ["ppo.value.layout=separate", "ppo.value.trunk=policy"],
-            "ppo.value.layout=separate: there is no critic but a head on the policy; allowed: null",
+            "ppo.value.layout=separate: value.trunk=policy is a head on the policy's states; allowed",
         ),
         (
             ["data.prompts.heldout=[]", "ppo.keep=best"],

@@ -41,6 +41,8 @@ def finish_all(whole: Recipe) -> None:
     for stage in STAGES:
         directory = placeholder(stages.stage_directory(whole, stage), stage)
         parents = stages.read_parents(whole, stage)
+        models = stages.read_reward_models(whole, stage)
+        made_from = [*parents.items(), *(("reward", made) for made in models.values())]
         finish(
             directory,
             stage,
@@ -48,7 +50,7 @@ def finish_all(whole: Recipe) -> None:
             inputs_sha256=stages.inputs_sha256(whole, stage, parents),
             parents=tuple(
                 {"stage": name, "path": f"../{name}", "sha256": parent.outputs_sha256()}
-                for name, parent in parents.items()
+                for name, parent in made_from
             ),
         )
 
@@ -79,7 +81,7 @@ def test_another_runs_reward_model_is_an_input_of_ppo_and_evaluation(
     assert stale(whole) == []
     placeholder(Path("other/reward"), "reward", "trained again")
     assert stale(whole) == ["ppo", "evaluate"]
-    assert stages.why_not_done(whole, "ppo") == "its data or other input files have changed"
+    assert stages.why_not_done(whole, "ppo") == "its parent reward has changed"
     placeholder(Path("other/reward"), "reward")
     assert stale(whole) == []
     unfinish(Path("other/reward"))
