@@ -94,8 +94,8 @@ class Renderer:
     def demonstration(self, messages: Sequence[Message]) -> Tokens:
         """Return the conversation up to its last end-of-turn token.
 
-        Learned are all assistant turns, each with the token that ends it, except turns whose
-        beginning was cut off. The ids before the last answer are those of ``prompt``.
+        Learned are all assistant turns, each with the token that ends it, except empty ones and
+        those whose beginning was cut off. The ids before the last answer are those of ``prompt``.
 
         Raises:
             Unusable: ``nothing_to_learn``, ``empty_response`` or ``response_too_long`` (of the last
@@ -111,8 +111,9 @@ class Renderer:
         self._check_length(answer)
         prompt = self._cut(ids[:last])
         labels = [IGNORED] * last
-        for start, stop in turns[:-1]:
-            if start >= last - len(prompt) + self._leading(ids):
+        answers = [message.content for message in messages if message.role == "assistant"]
+        for (start, stop), text in zip(turns[:-1], answers[:-1], strict=True):
+            if text and start >= last - len(prompt) + self._leading(ids):
                 labels[start:stop] = ids[start:stop]
         return Tokens(prompt + answer, labels[last - len(prompt) :] + answer)
 

@@ -83,11 +83,7 @@ class StageResult:
 
 @dataclass
 class StageJob:
-    """What a stage works with: the recipe, its checked parents and data, and where it writes.
-
-    ``tokenised`` says of each data section how many of its rows could be tokenised and why others
-    were dropped; see ``check_dropped``.
-    """
+    """What a stage works with: the recipe, its checked parents and data, and where it writes."""
 
     recipe: Recipe
     stage: StageName
@@ -97,6 +93,7 @@ class StageJob:
     console: Console
     force: bool = False
     tracker: WandbTracker | None = None
+    # Per data section: how many rows could be tokenised, and why others were dropped.
     tokenised: dict[str, tuple[int, Counter[str]]] = field(default_factory=dict)
     _log: MetricsLog | None = None
 

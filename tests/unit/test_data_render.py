@@ -257,6 +257,16 @@ def test_render_all_counts_reasons():
     assert dropped == {"response_too_long": 2, "nothing_to_learn": 1}
 
 
+def test_an_empty_earlier_answer_is_not_learned():
+    renderer = Renderer(prepare_tokenizer(tiny.tokenizer(), SECTION), 100, 100)
+    for earlier, learned in (("", 1), ("well", 2)):
+        messages = talk("hi", earlier, "and?", "yo")
+        labels = renderer.demonstration(messages).labels
+        answer = renderer.response(messages[:-1], "yo")
+        assert labels[-len(answer) :] == answer
+        assert labels.count(1) == learned  # as many end tokens
+
+
 def test_decode_gives_clean_text():
     tokenizer = prepare_tokenizer(tiny.tokenizer(), SECTION)
     renderer = Renderer(tokenizer, 100, 100)
