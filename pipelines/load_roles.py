@@ -21,7 +21,8 @@ from align.models import (
     recipe_base_facts,
 )
 from align.roles import Role, Roles, merged
-from data.render import Renderer
+from data.records import Prompt, Record
+from data.render import Renderer, render_all
 from data.tokenizer import end_ids
 from pipelines.stage import StageJob
 from reward.model import SCORE_FILE, ScoreHead, load_score_head
@@ -98,6 +99,18 @@ def load_roles(
     return LoadedRoles(
         roles, facts, tokenizer, renderer, end_ids(tokenizer), tokenizer.pad_token_id
     )
+
+
+def usable_prompts(job: StageJob, loaded: LoadedRoles, records: Sequence[Record]) -> list[Prompt]:
+    """Return the prompts of ``data.prompts`` among the records that can be tokenised.
+
+    Raises:
+        DataError: too many of them cannot be; see ``StageJob.check_dropped``.
+    """
+    prompts = [record for record in records if isinstance(record, Prompt)]
+    kept, dropped = render_all(prompts, lambda p: (p, loaded.renderer.prompt(p.messages)))
+    job.check_dropped("prompts", len(kept), dropped)
+    return [prompt for prompt, _ in kept]
 
 
 def _value_head(folder: Path | None, hidden_size: int) -> ScoreHead:

@@ -6,7 +6,6 @@ advantages, clipped policy and value losses over several epochs.
 """
 
 import resource
-from collections import Counter
 from pathlib import Path
 from time import perf_counter
 
@@ -22,9 +21,7 @@ from align.recipe_ppo import Ppo
 from align.roles import Role, Roles
 from align.seeds import derive_seed
 from data.order import draw
-from data.records import Prompt
-from data.render import render_all
-from pipelines.load_roles import LoadedRoles, load_roles
+from pipelines.load_roles import LoadedRoles, load_roles, usable_prompts
 from pipelines.policy_copies import KeptPolicy
 from pipelines.probe import Probe
 from pipelines.ptx import Ptx
@@ -49,7 +46,7 @@ def run(job: StageJob) -> StageResult:
     tolerance = max(_TOLERANCE[name] for name in (recipe.base.dtype, loaded.facts.compute_dtype))
     roles = loaded.roles
     score = ppo_scorer(job, section, loaded)
-    prompts, dropped = _usable(job, loaded)
+    prompts = usable_prompts(job, loaded, job.data["prompts"].train)
     ptx = Ptx(job, loaded, section.ptx) if section.ptx is not None else None
     engine = _engine(roles, section)
     updater = Updater(roles, engine, section, ptx=ptx, tolerance=tolerance)
@@ -93,9 +90,7 @@ def run(job: StageJob) -> StageResult:
 
     metrics |= {"steps": float(step)} | kept.settle()
     _check_frozen(roles, frozen)
-    folders = _save(job, loaded)
-    lost = {"prompts": dropped} | ({section.ptx.source: ptx.dropped} if section.ptx and ptx else {})
-    return StageResult(metrics, folders, loaded.tokenizer, loaded.facts, lost)
+    return StageResult(metrics, _save(job, loaded), loaded.tokenizer, loaded.facts)
 
 
 def _load(job: StageJob, section: Ppo) -> LoadedRoles:
@@ -115,16 +110,6 @@ def _load(job: StageJob, section: Ppo) -> LoadedRoles:
         trainable=("policy", "value"),
         engine=section.rollout.engine,
     )
-
-
-def _usable(job: StageJob, loaded: LoadedRoles) -> tuple[list[Prompt], Counter[str]]:
-    """Return the training prompts that can be tokenised, and why others cannot."""
-    prompts = [row for row in job.data["prompts"].train if isinstance(row, Prompt)]
-    rendered, dropped = render_all(
-        prompts, lambda prompt: (prompt, loaded.renderer.prompt(prompt.messages))
-    )
-    job.check_dropped("prompts", dropped)
-    return [prompt for prompt, _ in rendered], dropped
 
 
 def _engine(roles: Roles, section: Ppo) -> Engine:
@@ -198,7 +183,8 @@ def _save(job: StageJob, loaded: LoadedRoles) -> tuple[str, ...]:
     loaded.tokenizer.save_pretrained(policy)
     save_file(roles.heads["value"].state_dict(), value / "value_head.safetensors")
     _check_saved(roles, policy)
-    return ("policy", "value", "samples.jsonl")
+    samples = ("samples.jsonl",) if (job.directory / "samples.jsonl").is_file() else ()
+    return ("policy", "value", *samples)
 
 
 def _check_saved(roles: Roles, folder: Path) -> None:

@@ -9,8 +9,7 @@ import torch
 
 from align.functions import call_score_function, load_function
 from align.seeds import derive_seed
-from data.records import Prompt
-from pipelines.load_roles import LoadedRoles
+from pipelines.load_roles import LoadedRoles, usable_prompts
 from pipelines.rollout import collect
 from pipelines.scoring import RewardScorer, heldout_scorer
 from pipelines.stage import StageJob
@@ -22,6 +21,7 @@ class Probe:
     Raises:
         RecipeError: ``evaluate.gold`` or ``ppo.heldout_reward`` names no function.
         InputError: the held-out reward model cannot be loaded; see ``pipelines.scoring``.
+        DataError: too many of the prompts cannot be tokenised; see ``StageJob.check_dropped``.
     """
 
     def __init__(self, job: StageJob, loaded: LoadedRoles, score: RewardScorer) -> None:
@@ -29,7 +29,7 @@ class Probe:
         self._job, self._loaded, self._score = job, loaded, score
         self._section = job.recipe.ppo
         heldout = job.data["prompts"].heldout[: self._section.probe_prompts]
-        self._prompts = [row for row in heldout if isinstance(row, Prompt)]
+        self._prompts = usable_prompts(job, loaded, heldout)
         evaluate = job.recipe.evaluate
         self._gold_name = evaluate.gold if evaluate is not None else None
         self._gold = load_function(self._gold_name) if self._gold_name else None

@@ -73,14 +73,12 @@ class StageResult:
         outputs: names of the folders and files it made, relative to its folder.
         tokenizer: the one it worked with, chat template included.
         base: the language model under it.
-        dropped: rows that turned out unusable when they were tokenised: section -> reason -> n.
     """
 
     metrics: dict[str, float]
     outputs: tuple[str, ...]
     tokenizer: "PreTrainedTokenizerBase"
     base: BaseFacts
-    dropped: dict[str, Counter[str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -95,6 +93,8 @@ class StageJob:
     console: Console
     force: bool = False
     tracker: WandbTracker | None = None
+    # Per data section: how many rows could be tokenised, and why others were dropped.
+    tokenised: dict[str, tuple[int, Counter[str]]] = field(default_factory=dict)
     _log: MetricsLog | None = None
 
     @property
@@ -150,15 +150,31 @@ class StageJob:
                         f" {name} stage or give the recipe the same {what}"
                     )
 
-    def check_dropped(self, section: str, dropped: Counter[str]) -> None:
-        """Refuse to go on when more rows than ``data.max_dropped`` were lost by tokenising.
+    def check_dropped(self, section: str, kept: int, dropped: Counter[str]) -> None:
+        """Take note of rows that were tokenised, and refuse to go on when too many were lost.
+
+        What is noted of one section adds up: the limit holds for all of it together.
+
+        Args:
+            section: of ``data``; its rows that the stage has no use for do not count.
+            kept: how many rows could be tokenised.
+            dropped: why others could not be, counted.
 
         Raises:
-            DataError: with the counts by reason.
+            DataError: none of these rows is left, or more than ``data.max_dropped`` of the
+                section's were dropped; with the counts by reason.
         """
-        rows = _rows(self.data[section])
+        if dropped and not kept:
+            raise DataError(
+                f"data.{section}: all {dropped.total()} rows are unusable as tokens"
+                f" ({_reasons(dropped)}); fix them, or raise the limit that they exceed"
+            )
+        kept_before, dropped_before = self.tokenised.get(section, (0, Counter()))
+        kept, dropped = kept + kept_before, dropped + dropped_before
+        self.tokenised[section] = kept, dropped
+        rows = kept + dropped.total()
         limit = self.recipe.data.max_dropped
-        if dropped.total() > limit * rows or dropped.total() == rows:
+        if dropped.total() > limit * rows:
             raise DataError(
                 f"data.{section}: {dropped.total()} of {rows} rows are unusable as tokens"
                 f" ({_reasons(dropped)}); data.max_dropped={limit} allows"
@@ -246,7 +262,7 @@ def _run(job: StageJob) -> None:
 def _write_manifest(job: StageJob, result: StageResult, inputs_sha256: str, started: str) -> None:
     from data.tokenizer import end_ids, template_sha256, tokenizer_sha256
 
-    for name, dropped in result.dropped.items():
+    for name, (_, dropped) in job.tokenised.items():
         if dropped:
             _say(job.console, f"{job.stage}  {name}  dropped as tokens: {_reasons(dropped)}")
     pad_id = result.tokenizer.pad_token_id
@@ -265,7 +281,7 @@ def _write_manifest(job: StageJob, result: StageResult, inputs_sha256: str, star
         pad_id=pad_id,
         eos_ids=tuple(end_ids(result.tokenizer)),
         parents=_parent_facts(job),
-        data=_data_facts(job, result),
+        data=_data_facts(job),
         metrics=result.metrics,
         outputs=manifests.sha256_outputs(job.directory, result.outputs),
         wandb_id=job.tracker.id if job.tracker is not None else None,
@@ -297,18 +313,17 @@ def _parent_facts(job: StageJob) -> tuple[ParentFacts, ...]:
     )
 
 
-def _data_facts(job: StageJob, result: StageResult) -> tuple[DataFacts, ...]:
+def _data_facts(job: StageJob) -> tuple[DataFacts, ...]:
     """Return the facts of all sources, and of each section whose rows tokenising has reduced."""
     facts = [fact for loaded in job.data.values() for fact in loaded.facts]
-    for name, dropped in result.dropped.items():
+    for name, (kept, dropped) in job.tokenised.items():
         if dropped:
-            rows = _rows(job.data[name])
             facts.append(
                 DataFacts(
                     id=f"{name} as tokens",
-                    rows=rows,
+                    rows=kept + dropped.total(),
                     sha256="",
-                    kept=rows - dropped.total(),
+                    kept=kept,
                     dropped=dict(dropped),
                 )
             )
@@ -343,10 +358,6 @@ def _summary(stage: str, name: str, loaded: LoadedData) -> str:
     if dropped:
         text += f" ({_reasons(dropped)})"
     return f"{text}  train {len(loaded.train)}  heldout {len(loaded.heldout)}"
-
-
-def _rows(loaded: LoadedData) -> int:
-    return len(loaded.train) + len(loaded.heldout)
 
 
 def _reasons(dropped: Counter[str]) -> str:

@@ -23,7 +23,7 @@ from align.models import base_location, load_causal_lm
 from align.recipe import Recipe, TokenizerSection
 from align.recipe_io import load_recipe
 from data.collate import collate_demonstrations
-from data.records import Message, Text
+from data.records import Message, Prompt, Text
 from data.render import IGNORED, Renderer, Tokens
 from data.tokenizer import prepare_tokenizer
 from pipelines import sft, stage
@@ -225,6 +225,12 @@ class TestPretrain:
         assert [tokenizer.decode(row[:-1]) for row in rows] == texts
         stream = rows[0] + rows[1]
         assert pack(rows, 4).flatten().tolist() == stream[: len(stream) // 4 * 4]
+
+    def test_prompts_are_documents_without_what_asks_for_an_answer(self):
+        tokenizer = prepare_tokenizer(tiny.tokenizer(), TokenizerSection())
+        (row,), dropped = documents([Prompt((Message("user", "Say hello."),))], tokenizer)
+        assert tokenizer.decode(row) == "\n\nHuman: Say hello.<|end|>"
+        assert not dropped
 
     def test_learns_and_measures_on_heldout(self, finished):
         manifest = read_manifest(finished / "runs/tiny/pretrain", "pretrain")

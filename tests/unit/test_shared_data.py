@@ -234,8 +234,8 @@ def test_rows_that_are_malformed_are_named():
     # The answers that are the boolean true, upstream idx 157 to 164.
     assert [line.split(":")[1] for line in lines[1:-1]] == ["99", "100", "101", "103", "104", "106"]
     assert lines[1] == (
-        "  prefs_other/pandalm/train.json:99: response1: got the boolean true, expected a string;"
-        " correct or remove the row"
+        "  prefs_other/pandalm/train.json:99: response1: got the boolean true,"
+        " expected text or a list of {role, content}; correct or remove the row"
     )
 
 
