@@ -61,7 +61,7 @@ def refused(*overrides: str) -> list[str]:
         ),
         (
             ["ppo.value.layout=separate", "ppo.value.trunk=policy"],
-            "ppo.value.layout=separate: value.trunk=policy is a head on the policy's states; allowed",
+            "ppo.value.layout=separate: value.trunk=policy is a head on the",
         ),
         (
             ["data.prompts.heldout=[]", "ppo.keep=best"],
