@@ -93,7 +93,7 @@ class Source(Section):
     """One place that records come from: exactly one of ``path``, ``hub`` and ``world``."""
 
     path: str | None = None  # a file, relative to data.root
-    hub: str | None = None
+    hub: str | None = None  # org/name, or org/name@revision: only the latter cannot change
     world: Literal["text", "demonstrations", "pairs", "rankings", "prompts"] | None = None
     split: str = "train"
     shape: Literal[
@@ -118,7 +118,16 @@ class Source(Section):
     @model_validator(mode="after")
     def _check(self) -> "Source":
         check_exactly_one(self, ("path", "hub", "world"))
+        if self.world is not None:
+            self._refuse_ignored("the built-in world", ("shape", "columns", "labels"))
+        if self.path is not None:
+            self._refuse_ignored("a file", ("split",))
         return self
+
+    def _refuse_ignored(self, what: str, keys: tuple[str, ...]) -> None:
+        for key in keys:
+            if getattr(self, key) != type(self).model_fields[key].get_default(True):
+                refuse(key, f"has no effect on {what}; leave it out")
 
 
 Sources = Annotated[tuple[Source, ...], Field(strict=False)]
@@ -312,6 +321,14 @@ class Recipe(Section):
         if self.pretrain and self.tokenizer.vocab_size is None and self.tokenizer.id is None:
             needed = "needs tokenizer.vocab_size, to train a tokenizer, or tokenizer.id"
             problems.append(("pretrain", needed))
+        if self.tokenizer.vocab_size is not None:
+            why = "is of the tokenizer that the pretrain stage trains; has no effect"
+            if self.tokenizer.id is not None:
+                problem = f"{why} beside tokenizer.id; give one of the two"
+                problems.append(("tokenizer.vocab_size", problem))
+            elif not self.pretrain:
+                problem = f"{why} without a pretrain section; leave it out"
+                problems.append(("tokenizer.vocab_size", problem))
         return problems
 
     def _stage_problems(self) -> list[tuple[str, str]]:

@@ -123,7 +123,7 @@ def copy(finished, tmp_path) -> Path:
 def make_job(tmp_path: Path, tokenizer=None, **changes) -> stage.StageJob:
     """Return an sft job on ``tests.tiny`` models, for the parts of the stage."""
     recipe = Recipe.model_validate(
-        settings(tmp_path, base={"id": "unused"}, pretrain=None, **changes)
+        settings(tmp_path, base={"id": "unused"}, tokenizer={}, pretrain=None, **changes)
     )
     return stage.StageJob(recipe, "sft", tmp_path / "sft", {}, {}, stage.Console(quiet=True))
 
