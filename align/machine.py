@@ -9,7 +9,7 @@ import torch
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the processor has instructions for bfloat16, rather than a slow detour."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     has = torch.cpu.get_capabilities()
     return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 

@@ -118,16 +118,15 @@ class Source(Section):
     @model_validator(mode="after")
     def _check(self) -> "Source":
         check_exactly_one(self, ("path", "hub", "world"))
-        if self.world is not None:
-            self._refuse_ignored("the built-in world", ("shape", "columns", "labels"))
-        if self.path is not None:
-            self._refuse_ignored("a file", ("split",))
-        return self
-
-    def _refuse_ignored(self, what: str, keys: tuple[str, ...]) -> None:
-        for key in keys:
-            if getattr(self, key) != type(self).model_fields[key].get_default(True):
+        for key, given, source, what in (
+            ("shape", self.shape != "auto", self.world, "the built-in world"),
+            ("columns", bool(self.columns), self.world, "the built-in world"),
+            ("labels", bool(self.labels), self.world, "the built-in world"),
+            ("split", self.split != "train", self.path, "a file"),
+        ):
+            if given and source is not None:
                 refuse(key, f"has no effect on {what}; leave it out")
+        return self
 
 
 Sources = Annotated[tuple[Source, ...], Field(strict=False)]

@@ -44,14 +44,17 @@ def finish_all(whole: Recipe) -> None:
     for stage in STAGES:
         directory = placeholder(stages.stage_directory(whole, stage), stage)
         parents = stages.read_parents(whole, stage)
+        others = stages.read_reward_models(whole, stage)
+        made_from = [(name, f"../{name}", made, True) for name, made in parents.items()]
+        made_from += [("reward", f"../../../{n}", made, False) for n, made in others.items()]
         finish(
             directory,
             stage,
             recipe_sha256=stages.recipe_sha256(whole, stage),
             inputs_sha256=stages.inputs_sha256(whole, stage, parents),
             parents=tuple(
-                {"stage": name, "path": f"../{name}", "sha256": parent.outputs_sha256()}
-                for name, parent in parents.items()
+                {"stage": name, "path": path, "sha256": made.outputs_sha256(), "in_chain": chain}
+                for name, path, made, chain in made_from
             ),
         )
 
@@ -82,7 +85,7 @@ def test_another_runs_reward_model_is_an_input_of_ppo_and_evaluation(
     assert stale(whole) == []
     placeholder(Path("other/reward"), "reward", "trained again")
     assert stale(whole) == ["ppo", "evaluate"]
-    assert stages.why_not_done(whole, "ppo") == "its data or other input files have changed"
+    assert stages.why_not_done(whole, "ppo") == "its parent reward has changed"
     placeholder(Path("other/reward"), "reward")
     assert stale(whole) == []
     unfinish(Path("other/reward"))
