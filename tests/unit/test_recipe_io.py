@@ -134,15 +134,31 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
         ("base: {id: pretrain}", "base: {id: x, dtype: fp32}", "base.dtype=fp32: found 'fp32' (t"),
         ("base: {id: pretrain}", "base: {}", "base.id: missing; needed: text"),
         (
-            "{vocab_size: 320}",
-            "{vocab_size: 320, id: gpt2}",
+            "tokenizer: {vocab_size: 320}",
+            "tokenizer: {vocab_size: 320, id: gpt2}",
             "tokenizer.vocab_size=320: is of the tokenizer that the pretrain stage trains; has no"
             " effect beside tokenizer.id; give one of the two",
         ),
-        ("{world: demonstrations}", "{world: demonstrations, shape: alpaca}", "shape=alpaca: has"),
-        ("{world: demonstrations}", "{world: demonstrations, columns: {a: b}}", "columns: has no"),
-        ("{world: demonstrations}", "{world: demonstrations, labels: {a: tie}}", "labels: has no"),
-        ("{world: demonstrations}", "{path: a.jsonl, split: test}", "split=test: has no effect on"),
+        (
+            "    train: [{world: text}]",
+            "    train: [{world: text, shape: alpaca}]",
+            "shape=alpaca: has",
+        ),
+        (
+            "    train: [{world: text}]",
+            "    train: [{world: text, columns: {a: b}}]",
+            "columns: has no",
+        ),
+        (
+            "    train: [{world: text}]",
+            "    train: [{world: text, labels: {a: tie}}]",
+            "labels: has no",
+        ),
+        (
+            "    train: [{world: text}]",
+            "    train: [{path: a.jsonl, split: test}]",
+            "split=test: has no effect on",
+        ),
         (
             "base: {id: pretrain}",
             "base: {id: pretrain, quantization: int8, double_quantization: true}",
