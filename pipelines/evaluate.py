@@ -31,7 +31,7 @@ from pipelines.rollout import Scorer, as_chat
 from pipelines.scoring import RewardScorer, ppo_scorer, reward_roles
 from pipelines.stage import StageJob, StageResult
 from pipelines.win_rate import bootstrap, wins
-from reward.ranking import pair_outcomes, share_with_interval
+from reward.ranking import calibration_error, pair_outcomes, share_with_interval
 
 # Metrics of a model stand under its name; these would be mistaken for a category's.
 _RESERVED = {"mean", "low", "high"}
@@ -212,6 +212,7 @@ def _reward_accuracy(
         "reward/accuracy/low": share.low,
         "reward/accuracy/high": share.high,
         "reward/accuracy/longer_wins": longer.mean().item(),
+        "reward/calibration/ece": calibration_error(scores, groups, labels),
     }
     if gold is not None:
         chats = [as_chat(as_prompt(row)) for row, ids in rankings for _ in ids]

@@ -5,7 +5,6 @@ et al. 2024: scores at the last token, a per-token KL penalty in the reward, GAE
 advantages, clipped policy and value losses over several epochs.
 """
 
-import resource
 from pathlib import Path
 from time import perf_counter
 
@@ -16,6 +15,7 @@ from align.adapters import save_adapter
 from align.engine import Engine
 from align.errors import TrainingError
 from align.functional import next_kl_coef
+from align.machine import peak_bytes
 from align.models import base_location
 from align.recipe_ppo import Ppo
 from align.roles import Role, Roles
@@ -158,14 +158,10 @@ def _check_reference(rollout: Rollout, tolerance: float) -> None:
 
 def _costs(rollout: Rollout, seconds: float) -> dict[str, float]:
     """Return time per phase, response tokens per second, and the process's peak memory."""
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return rollout.seconds | {
         "time/update": seconds - sum(rollout.seconds.values()),
         "tokens_per_second": float(rollout.mask.sum()) / seconds,
-        "memory/peak_bytes": float(peak),
+        "memory/peak_bytes": float(peak_bytes()),
     }
 
 

@@ -8,9 +8,9 @@ only escaped.
 """
 
 import argparse
-import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import align
-from align.errors import AlignError
+from align.errors import AlignError, stopped_by
 from align.manifest import find_manifest
 from align.recipe import StageName
 from pipelines import charts, results
@@ -251,12 +251,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             print(write_report(options.run))
         except Stopped as stopped:
-            name = signal.Signals(stopped.signum).name
-            print(f"report: stopped by {name}; the same command starts it again", file=sys.stderr)
+            print(f"report: {stopped_by(stopped.signum)}", file=sys.stderr)
             return 128 + stopped.signum
         except (AlignError, OSError) as error:
             if options.debug:
-                raise
+                traceback.print_exc()
             print(f"report: {error}", file=sys.stderr)
             return error.exit_code if isinstance(error, AlignError) else 1
     return 0

@@ -13,7 +13,7 @@ from align.functions import Chat, call_score_function, load_function
 from align.manifest import Manifest
 from align.recipe_ppo import Ppo, RewardSource
 from align.sequences import Sequences
-from align.stages import heldout_source, read_reward_models, reward_sources
+from align.stages import heldout_source, reward_sources
 from data.records import Prompt
 from data.render import render_all
 from pipelines.foreign_reward import load_foreign_rewards
@@ -87,7 +87,7 @@ def ppo_scorer(job: StageJob, section: Ppo, loaded: LoadedRoles) -> RewardScorer
             prompts; see ``load_foreign_rewards``.
     """
     sources = section.reward_sources
-    names = _names(sources, read_reward_models(job.recipe, job.stage))
+    names = _names(sources, job.reward_models)
     members = _members(job, section, loaded, sources)
     return RewardScorer(
         {
@@ -108,7 +108,7 @@ def heldout_scorer(job: StageJob, section: Ppo, loaded: LoadedRoles) -> Scorer |
 
 def _roles(job: StageJob, section: Ppo) -> dict[str, str]:
     """Return the roles of the reward models that share the base, by their name in the recipe."""
-    manifests = read_reward_models(job.recipe, job.stage)
+    manifests = job.reward_models
     ours = _origin(job.parents["sft"])
     shared = [name for name, manifest in manifests.items() if _origin(manifest) == ours]
     roles = {name: f"reward{number}" for number, name in enumerate(shared, 1)}
@@ -151,7 +151,7 @@ def _foreign_scorers(
     job: StageJob, section: Ppo, loaded: LoadedRoles, names: Sequence[str]
 ) -> dict[str, Scorer]:
     """Return scorers of the models that do not share our base; those that share one share it."""
-    manifests = read_reward_models(job.recipe, job.stage)
+    manifests = job.reward_models
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in names:
         groups[_origin(manifests[name])].append(name)

@@ -11,8 +11,6 @@ import argparse
 import importlib
 import json
 import os
-import shutil
-import signal
 import sys
 import traceback
 from collections import Counter
@@ -28,7 +26,7 @@ from rich.console import Console
 import align
 from align import manifest as manifests
 from align import stages
-from align.errors import AlignError, DataError, InputError, ParentError
+from align.errors import AlignError, DataError, InputError, ParentError, stopped_by
 from align.manifest import BaseFacts, DataFacts, Manifest, ParentFacts
 from align.metrics import MetricsLog, format_values
 from align.recipe import Recipe, StageName
@@ -83,7 +81,11 @@ class StageResult:
 
 @dataclass
 class StageJob:
-    """What a stage works with: the recipe, its checked parents and data, and where it writes."""
+    """What a stage works with: the recipe, its checked parents and data, and where it writes.
+
+    ``parents`` are the recipe's own stages, ``reward_models`` those of other runs, by the folder
+    as the recipe spells it: both as they were when the stage began.
+    """
 
     recipe: Recipe
     stage: StageName
@@ -91,7 +93,7 @@ class StageJob:
     parents: dict[StageName, Manifest]
     data: dict[str, LoadedData]
     console: Console
-    force: bool = False
+    reward_models: dict[str, Manifest] = field(default_factory=dict)
     tracker: WandbTracker | None = None
     # Per data section: how many rows could be tokenised, and why others were dropped.
     tokenised: dict[str, tuple[int, Counter[str]]] = field(default_factory=dict)
@@ -108,13 +110,10 @@ class StageJob:
         return self._log
 
     def _begin(self) -> MetricsLog:
-        # The manifest goes first: a half-removed result must not look like a finished one.
-        (self.directory / manifests.FILE).unlink(missing_ok=True)
-        if self.directory.exists():
-            shutil.rmtree(self.directory)
-        self.directory.mkdir(parents=True)
+        manifests.begin_folder(self.directory)
         run = stages.run_directory(self.recipe)
-        (run / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
+        for folder in (self.directory, run):
+            (folder / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
         self.tracker = start_tracker(self.recipe, self.stage, run)
         return MetricsLog(self.directory, self.tracker, self.console, self.stage)
 
@@ -208,8 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _run(job)
             code = 0
         except Stopped as stopped:
-            name = signal.Signals(stopped.signum).name
-            _say(console, f"{options.stage}: stopped by {name}; the same command starts it again")
+            _say(console, f"{options.stage}: {stopped_by(stopped.signum)}")
             code = 128 + stopped.signum
         except Exception as error:
             if options.debug:
@@ -238,18 +236,20 @@ def _prepare(options: argparse.Namespace, console: Console) -> StageJob | None:
     if not options.force and stages.why_not_done(recipe, stage) is None:
         _say(console, f"{stage}: finished and up to date in {directory}; --force redoes it")
         return None
+    manifests.check_replaceable(directory)
     parents = stages.read_parents(recipe, stage)
+    reward_models = stages.read_reward_models(recipe, stage)
     data = load_records(recipe, stage)
     for name, loaded in data.items():
         _say(console, _summary(stage, name, loaded))
-    return StageJob(recipe, stage, directory, parents, data, console, options.force)
+    return StageJob(recipe, stage, directory, parents, data, console, reward_models)
 
 
 def _run(job: StageJob) -> None:
     """Run the stage's module and record what it made."""
     started = _now()
     # Before the parents can change under a long run.
-    inputs_sha256 = stages.inputs_sha256(job.recipe, job.stage, job.parents)
+    inputs_sha256 = stages.inputs_sha256(job.recipe, job.stage, job.parents, job.reward_models)
     share_processors()
     quiet_libraries()
     seed_generators(job.recipe)
@@ -300,16 +300,17 @@ def _versions(recipe: Recipe) -> dict[str, str]:
 
 def _parent_facts(job: StageJob) -> tuple[ParentFacts, ...]:
     """Return the recipe's own stages that this one was made from, and the other reward models."""
-    made_from = [(name, job.parent_folder(name), made) for name, made in job.parents.items()]
-    for folder, made in stages.read_reward_models(job.recipe, job.stage).items():
-        made_from.append(("reward", Path(folder), made))
+    made_from = [(name, job.parent_folder(name), made, True) for name, made in job.parents.items()]
+    for folder, made in job.reward_models.items():
+        made_from.append(("reward", Path(folder), made, False))
     return tuple(
         ParentFacts(
             stage=name,
             path=os.path.relpath(folder, job.directory),
             sha256=made.outputs_sha256(),
+            in_chain=in_chain,
         )
-        for name, folder, made in made_from
+        for name, folder, made, in_chain in made_from
     )
 
 

@@ -123,7 +123,7 @@ def copy(finished, tmp_path) -> Path:
 def make_job(tmp_path: Path, tokenizer=None, **changes) -> stage.StageJob:
     """Return an sft job on ``tests.tiny`` models, for the parts of the stage."""
     recipe = Recipe.model_validate(
-        settings(tmp_path, base={"id": "unused"}, pretrain=None, **changes)
+        settings(tmp_path, base={"id": "unused"}, tokenizer={}, pretrain=None, **changes)
     )
     return stage.StageJob(recipe, "sft", tmp_path / "sft", {}, {}, stage.Console(quiet=True))
 
@@ -280,7 +280,12 @@ class TestSft:
         assert sft_facts.tokenizer_sha256 == parent.tokenizer_sha256
         assert (sft_facts.pad_id, sft_facts.eos_ids) == (0, (1,))
         assert [p.model_dump() for p in sft_facts.parents] == [
-            {"stage": "pretrain", "path": "../pretrain", "sha256": parent.outputs_sha256()}
+            {
+                "stage": "pretrain",
+                "path": "../pretrain",
+                "sha256": parent.outputs_sha256(),
+                "in_chain": True,
+            }
         ]
         assert set(sft_facts.outputs) == {
             f"model/{name}"
@@ -295,6 +300,7 @@ class TestSft:
         assert sorted(p.name for p in (finished / "runs/tiny/sft").iterdir()) == [
             "metrics.jsonl",
             "model",
+            "recipe.yaml",
             "samples.jsonl",
             "stage.json",
         ]
@@ -309,9 +315,16 @@ class TestSft:
         assert offline_wandb.history(directory) == list(merged.values())
 
     def test_saved_recipe_reads_back_equal(self, finished):
-        assert load_recipe(finished / "runs/tiny/recipe.yaml") == load_recipe(
-            finished / "recipe.yaml"
-        )
+        given = load_recipe(finished / "recipe.yaml")
+        assert load_recipe(finished / "runs/tiny/recipe.yaml") == given
+
+    def test_every_stage_keeps_the_recipe_that_it_was_made_with(self, copy):
+        before = (copy / "runs/tiny/pretrain/recipe.yaml").read_text()
+        job = make_job(copy / "runs/tiny", seed=9, name="runs", run={"root": str(copy)})
+        assert job.log is not None
+        job.close(0)
+        assert load_recipe(copy / "runs/tiny/sft/recipe.yaml") == job.recipe
+        assert (copy / "runs/tiny/pretrain/recipe.yaml").read_text() == before
 
     def test_finished_stage_is_skipped_until_forced(self, copy, capsys):
         before = (copy / "runs/tiny/sft/stage.json").stat().st_mtime_ns
@@ -480,6 +493,6 @@ class TestRefusals:
         assert process.returncode == code
         name = signal.Signals(number).name
         last = shown.splitlines()[-1]
-        assert last == f"pretrain: stopped by {name}; the same command starts it again"
+        assert last == f"pretrain: stopped by {name}; the same command makes what is not finished"
         assert "Traceback" not in shown
         assert not (copy / "runs/tiny/pretrain/stage.json").exists()

@@ -19,7 +19,8 @@ from data.records import Message
 
 ROOT = Path(os.environ.get("ALIGN_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 pytestmark = pytest.mark.skipif(
-    not ROOT.is_dir(), reason=f"no data at {ROOT}; set ALIGN_SHARED_DATA to its folder"
+    not ROOT.is_dir(),
+    reason=f"no published data sets at {ROOT}; ALIGN_SHARED_DATA names their folder",
 )
 
 STAGE = {"pretrain": "pretrain", "sft": "sft", "reward": "reward", "prompts": "ppo"}
