@@ -42,8 +42,9 @@ def bitsandbytes(key: str) -> Any:
 def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
     """Return what the base's linear layers compute in on ``device``; never a library's default.
 
-    ``auto`` is bfloat16 where the processor has instructions for it; else float16 on a GPU and
-    float32 on a CPU. LLM.int8 has float16 built in (Dettmers et al. 2022).
+    ``auto`` is bfloat16 where the processor has instructions for it, else float32: float16 would
+    need its gradients scaled. LLM.int8 has float16 built into its forward pass (Dettmers et al.
+    2022); its gradients are in the dtype of what went in.
     """
     if base.quantization == "none":
         name: str = base.dtype
@@ -53,7 +54,7 @@ def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
         name = base.compute_dtype
     elif device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bfloat16" if has_bf16 else "float16"
+        name = "bfloat16" if has_bf16 else ""
     else:
         has = torch.cpu.get_capabilities()
         name = "bfloat16" if any(has.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else ""
