@@ -31,9 +31,9 @@ _OPTIMIZERS: dict[OptimizerName, str] = {
     "paged_adamw": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
-Arguments = TypeVar("Arguments", bound=TrainingArguments)
-
 _OTHER_KEYS = ("accuracy", "perplexity")  # passed on as they are
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 class TrainerLog(TrainerCallback):
@@ -148,7 +148,7 @@ def training_arguments(
     if section.optimizer != "adamw":
         bitsandbytes(f"optimizer={section.optimizer}")
     micro = section.micro_batch_size or section.batch_size
-    settings = {
+    settings: dict[str, Any] = {
         "output_dir": str(directory),
         "max_steps": steps,
         "per_device_train_batch_size": micro,
