@@ -68,7 +68,9 @@ def load_roles(
         ParentError: a parent was made on another base, or with another tokenizer or template.
     """
     limits, location = job.recipe.data, base_location(job.recipe)
-    tokenizer = AutoTokenizer.from_pretrained(job.parent_folder("sft") / "model")
+    tokenizer = AutoTokenizer.from_pretrained(
+        job.parent_folder("sft") / "model", trust_remote_code=job.recipe.base.trust_remote_code
+    )
     facts = recipe_base_facts(job.recipe)
     job.check_origin(tokenizer, facts)
     keys = f"data.max_prompt_tokens + {job.stage}.max_new_tokens"
@@ -123,7 +125,9 @@ def _value_head(folder: Path | None, hidden_size: int) -> ScoreHead:
 def _own_model(job: StageJob, location: str, role: Role, folder: Path) -> PreTrainedModel:
     """Return a model of its own in float32: a checkpoint, or the base with an adapter merged in."""
     if is_adapter(folder):
-        model = merged(load_causal_lm(job.recipe, location), folder)
+        # In float32: what an adapter adds to a weight is less than bfloat16 can tell.
+        base: Any = load_causal_lm(job.recipe, location)
+        model = merged(base.float(), folder)
     else:
         model = load_causal_lm(job.recipe, str(folder))
     # A critic does not use the output embeddings.
