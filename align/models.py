@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftModel
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
@@ -25,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from align.adapters import lora_config, save_adapter
+from align.adapters import is_adapter, load_adapter
 from align.errors import InputError
 from align.manifest import BaseFacts, sha256_file
 from align.quantization import (
@@ -36,23 +38,6 @@ from align.quantization import (
 )
 from align.recipe import Base, Recipe, SmallLlama
 from align.stages import stage_directory
-
-__all__ = [
-    "base_config",
-    "base_facts",
-    "base_location",
-    "check_lengths",
-    "compute_device",
-    "load_causal_lm",
-    "load_settings",
-    "lora_config",
-    "neutral_generation",
-    "new_llama",
-    "recipe_base_facts",
-    "recompute_activations",
-    "save_adapter",
-    "without_dropout",
-]
 
 _FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "*.jinja")
 _TOKENIZER_FILES = ("special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json")
@@ -154,6 +139,25 @@ def load_causal_lm(recipe: Recipe, location: str) -> PreTrainedModel:
     model.generation_config = neutral_generation(model.config)
     model.eval()
     prepare_quantized(model, recipe.base, device)
+    return model
+
+
+def load_trained(recipe: Recipe, location: str, folder: Path) -> PeftModel | PreTrainedModel:
+    """Load what a language-modelling stage made: its base with an adapter, or a whole model.
+
+    Args:
+        location: of the base.
+    """
+    if is_adapter(folder):
+        return load_adapter(load_causal_lm(recipe, location), folder)
+    return load_causal_lm(recipe, str(folder))
+
+
+def load_backbone(recipe: Recipe, folder: Path) -> PreTrainedModel:
+    """Load what gives a whole model's hidden states, without its head, in evaluation mode."""
+    settings = load_settings(recipe, str(folder))
+    model: PreTrainedModel = AutoModel.from_pretrained(folder, **settings)
+    model.eval()
     return model
 
 

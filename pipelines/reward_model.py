@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from align.adapters import check_trained
+from align.adapter_methods import check_trained, say_share, trained_share
+from align.adapters import is_adapter
 from align.errors import InputError, TrainingError
 from align.models import (
     base_location,
@@ -76,26 +77,28 @@ def run(job: StageJob) -> StageResult:
     assert section is not None
     location = base_location(recipe)
     facts = recipe_base_facts(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(job.parent_folder("sft") / "model")
+    sft = job.parent_folder("sft") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(sft)
     job.check_origin(tokenizer, facts)
     tokens = _tokenize(job, tokenizer)
 
-    model = new_reward_model(
-        load_causal_lm(recipe, location),
-        recipe.adapter,
-        job.parent_folder("sft") / "model",
-        derive_seed(recipe.seed, "reward", "head"),
-    )
-    check_trained(model.classifier)
+    start = load_causal_lm(recipe, location if is_adapter(sft) else str(sft))
+    base_parameters = start.num_parameters()
+    seed = derive_seed(recipe.seed, "reward", "head")
+    model = new_reward_model(start, recipe.adapter, sft, seed)
+    check_trained(model.classifier, recipe.adapter.method)
+    share = trained_share(model.classifier, base_parameters)
+    del start  # its output embeddings are not needed
     if recipe.base.gradient_checkpointing:
         recompute_activations(model.backbone)
+    job.log.note(f"reward  {say_share(recipe.adapter.method, share)}")
     steps = _train(job, model, tokens)
     score = _scorer(model, section, tokens.pad_id)
     if tokens.demonstrations:
         calibration = center_on(score(tokens.demonstrations))
         model.head.shift.fill_(calibration.shift)
         model.head.scale.fill_(calibration.scale)
-    metrics = _measure(score, tokens)
+    metrics = _measure(score, tokens) | share
     job.log.log(steps, metrics)
 
     folder = job.directory / "model"
@@ -204,12 +207,13 @@ def check_reload(
     expected: Tensor,
     pad_id: int,
 ) -> None:
-    """Load a saved reward model on a fresh base and compare its scores with the live model's.
+    """Load a saved reward model anew and compare its scores with the live model's.
 
     Raises:
         TrainingError: they differ.
     """
-    model = load_reward_model(load_causal_lm(recipe, location), folder).to(compute_device())
+    base = load_causal_lm(recipe, location) if is_adapter(folder) else None
+    model = load_reward_model(base, folder).to(compute_device())
     found = score_rows(model, probe, batch_size=len(probe), pad_id=pad_id, device=compute_device())
     difference = (found - expected).abs().max().item()
     if not difference <= RELOAD_TOLERANCE:
