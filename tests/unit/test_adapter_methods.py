@@ -213,6 +213,19 @@ def test_top_layers_are_the_uppermost() -> None:
     assert all(".layers.1.modules_to_save." in n or ".norm.modules_to_save." in n for n in names)
 
 
+def test_scaling_and_first_weights_of_lora() -> None:
+    """alpha is 32 and r 4: 32 / 4, or 32 / sqrt(4). Gaussian A: deviation 1 / r."""
+    for name, scaling in (("lora", 8.0), ("dora", 16.0)):
+        layers = [m for m in adapted(name).modules() if hasattr(m, "scaling")]
+        assert len(layers) == 14
+        assert {layer.scaling["default"] for layer in layers} == {scaling}
+        first = torch.cat([layer.lora_A["default"].weight.flatten() for layer in layers])
+        # Kaiming as in Hu et al.'s code: uniform up to 1 / sqrt(inputs), so at most 1 / sqrt(32).
+        assert (first.abs().max() <= 32**-0.5) == (name == "lora")
+        if name == "dora":
+            assert first.std().item() == pytest.approx(1 / 4, rel=0.05)  # of 2048 draws
+
+
 # Reward models.
 
 

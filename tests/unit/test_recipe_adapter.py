@@ -2,7 +2,8 @@
 
 import pytest
 
-from align.errors import RecipeError
+from align.errors import InputError, RecipeError
+from align.plan import plan_recipe
 from align.recipe_io import load_recipe
 
 NO_PPO = ["ppo=null", "evaluate=null"]
@@ -75,3 +76,10 @@ def test_what_does_not_go_together_is_refused_by_name(overrides, expected):
 )
 def test_what_goes_together_is_accepted(overrides):
     load_recipe("miniature", overrides)
+
+
+@pytest.mark.parametrize("override", ["adapter.method=bottleneck", "adapter.dora=true"])
+def test_what_the_plan_does_not_count_is_refused_by_name(override):
+    recipe = load_recipe("miniature", ["ppo=null", override])
+    with pytest.raises(InputError, match=f"{override}: align plan only knows lora without dora"):
+        plan_recipe(recipe, None)
