@@ -13,6 +13,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from align.errors import InputError, TrainingError
+from align.machine import has_bfloat16
 from align.manifest import BaseFacts
 from align.recipe import Base
 
@@ -51,13 +52,11 @@ def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
         name = "float16"
     elif base.compute_dtype != "auto":
         name = base.compute_dtype
-    elif device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bfloat16" if has_bf16 else "float16"
+    elif has_bfloat16(device):
+        name = "bfloat16"
     else:
-        has = torch.cpu.get_capabilities()
-        name = "bfloat16" if any(has.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else ""
-    dtype: torch.dtype = getattr(torch, name or "float32")
+        name = "float16" if device.type == "cuda" else "float32"
+    dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 

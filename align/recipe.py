@@ -73,7 +73,7 @@ class Source(Section):
     """One place that records come from: exactly one of ``path``, ``hub`` and ``world``."""
 
     path: str | None = None  # a file, relative to data.root
-    hub: str | None = None
+    hub: str | None = None  # org/name, or org/name@revision: only the latter cannot change
     world: Literal["text", "demonstrations", "pairs", "rankings", "prompts"] | None = None
     split: str = "train"
     shape: Literal[
@@ -98,6 +98,14 @@ class Source(Section):
     @model_validator(mode="after")
     def _check(self) -> "Source":
         check_exactly_one(self, ("path", "hub", "world"))
+        for key, given, source, what in (
+            ("shape", self.shape != "auto", self.world, "the built-in world"),
+            ("columns", bool(self.columns), self.world, "the built-in world"),
+            ("labels", bool(self.labels), self.world, "the built-in world"),
+            ("split", self.split != "train", self.path, "a file"),
+        ):
+            if given and source is not None:
+                refuse(key, f"has no effect on {what}; leave it out")
         return self
 
 
@@ -292,6 +300,14 @@ class Recipe(Section):
         if self.pretrain and self.tokenizer.vocab_size is None and self.tokenizer.id is None:
             needed = "needs tokenizer.vocab_size, to train a tokenizer, or tokenizer.id"
             problems.append(("pretrain", needed))
+        if self.tokenizer.vocab_size is not None:
+            why = "is of the tokenizer that the pretrain stage trains; has no effect"
+            if self.tokenizer.id is not None:
+                problem = f"{why} beside tokenizer.id; give one of the two"
+                problems.append(("tokenizer.vocab_size", problem))
+            elif not self.pretrain:
+                problem = f"{why} without a pretrain section; leave it out"
+                problems.append(("tokenizer.vocab_size", problem))
         return problems
 
     def _stage_problems(self) -> list[tuple[str, str]]:
@@ -323,7 +339,7 @@ class Recipe(Section):
             base.dtype, base.quantization, base.gradient_checkpointing
         )
         if self.ppo:
-            problems += adapter.problems_in_ppo(self.ppo.layout)
+            problems += adapter.problems_in_ppo(self.ppo.layout, self.ppo.value.layout)
         if adapter.method == "prefix" and self.sft and self.sft.packing:
             needed = (
                 "puts several rows behind one prefix; allowed with adapter.method=prefix: false"
@@ -343,9 +359,10 @@ class Recipe(Section):
 
     def _ppo_problems(self, ppo: Ppo) -> list[tuple[str, str]]:
         problems = []
-        if ppo.layout == "separate" and self.base.quantization != "none":
+        if ppo.own_models and self.base.quantization != "none":
+            key = "ppo.layout" if ppo.layout == "separate" else "ppo.value.layout"
             needed = f"trains all weights, and those in {self.base.quantization} have no gradient"
-            problems.append(("ppo.layout", f"{needed}; allowed with base.quantization: shared"))
+            problems.append((key, f"{needed}; allowed with base.quantization: shared"))
         if ppo.ptx and getattr(self.data, ppo.ptx.source) is None:
             problems.append(("ppo.ptx.source", f"needs a section data.{ppo.ptx.source}"))
         if ppo.heldout_reward == "reward" and not (self.reward or self.run.parents.reward):

@@ -74,12 +74,13 @@ class Adapter(Section):
             problems.append(("base.gradient_checkpointing", f"{needed}; allowed with it: false"))
         return problems
 
-    def problems_in_ppo(self, layout: str) -> list[tuple[str, str]]:
+    def problems_in_ppo(self, layout: str, value_layout: str | None) -> list[tuple[str, str]]:
         """Return what speaks against PPO from models that were trained by this method."""
         if self.method in _NOT_IN_PPO:
             needed = f"{_NOT_IN_PPO[self.method]}; allowed with a ppo section: lora or full"
             return [("adapter.method", needed)]
-        if self.method == "full" and layout == "shared":
+        if self.method == "full" and "shared" in (layout, value_layout):
+            key = "ppo.layout" if layout == "shared" else "ppo.value.layout"
             needed = "has adapters on one base, and adapter.method=full makes none"
-            return [("ppo.layout", f"{needed}; allowed with it: separate")]
+            return [(key, f"{needed}; allowed with it: separate")]
         return []

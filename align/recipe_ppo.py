@@ -118,13 +118,17 @@ class RewardScaling(Section):
     clip: PositiveFloat | None = None  # scores are cut to [-clip, clip], after scaling
 
 
+Layout = Literal["shared", "separate"]
+
+
 class Value(Section):
     """The critic."""
 
-    # "own": its own adapter (or model), from the reward model. "policy": a head on the policy's
-    # hidden states, from 0; one pass over the base serves both.
+    # "policy": a head on the policy's hidden states, from 0; one pass over the base serves both.
+    # "own": an adapter (or model) of its own, from the reward model.
     trunk: Literal["own", "policy"] = "own"
     warmup_steps: NotNegative = 0  # first rollouts that train the critic only
+    layout: Layout | None = None  # null: that of ppo.layout
 
 
 class Ptx(Section):
@@ -182,7 +186,8 @@ class Ppo(Optimisation):
     probe_prompts: Positive = 64
     keep: Literal["best", "last"] = "last"  # best: by reward less KL penalty on the probe prompts
     stop: Stop = Stop()
-    layout: Literal["shared", "separate"] = "shared"  # separate: all weights of both are trained
+    # "shared": adapters on one base are trained. "separate": all weights of models of their own.
+    layout: Layout = "shared"
 
     @model_validator(mode="after")
     def _check(self) -> "Ppo":
@@ -210,6 +215,11 @@ class Ppo(Optimisation):
         trained = {name for s in self.reward_sources for name in (*s.models, s.function)}
         if self.heldout_reward is not None and self.heldout_reward in trained:
             refuse("heldout_reward", "is trained on as well (ppo.reward); name one that is not")
+        if self.value.layout is not None and self.value.trunk == "policy":
+            refuse(
+                "value.layout",
+                "value.trunk=policy is a head on the policy's states; allowed with it: null",
+            )
         if self.value.warmup_steps >= self.steps:
             refuse("value.warmup_steps", f"leaves no step of steps={self.steps} for the policy")
         return self
@@ -222,6 +232,13 @@ class Ppo(Optimisation):
         if self.reward == "model":
             return (RewardSource(model="reward"),)
         return (RewardSource(function=self.reward),)
+
+    @property
+    def own_models(self) -> tuple[str, ...]:
+        """The trained roles that have a model of their own."""
+        critic = self.value.layout or self.layout if self.value.trunk == "own" else "shared"
+        layouts = {"policy": self.layout, "value": critic}
+        return tuple(role for role, layout in layouts.items() if layout == "separate")
 
     @property
     def needs_reward_stage(self) -> bool:

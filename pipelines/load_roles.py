@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.adapters import load_adapter, trained_method
 from align.attention import why_not_packed
+from align.base_check import check_base, own_logprobs, probe_texts
 from align.errors import ParentError
 from align.generation import Engine
 from align.manifest import BaseFacts
@@ -24,7 +25,8 @@ from align.models import (
 from align.recipe import Recipe
 from align.recipe_adapter import Method
 from align.roles import Role, Roles, merged
-from data.render import Renderer
+from data.records import Prompt, Record
+from data.render import Renderer, render_all
 from data.tokenizer import end_ids
 from pipelines.stage import StageJob
 from reward.model import SCORE_FILE, ScoreHead, load_reward_model, load_score_head
@@ -66,7 +68,8 @@ def load_roles(
         engine: see ``align.roles.Roles``; None takes the native one where the base allows it.
 
     Raises:
-        InputError: prompts and responses are longer than the base allows.
+        InputError: prompts and responses are longer than the base allows, or the base is of a kind
+            whose log-probabilities come out wrong here.
         ParentError: a parent was made on another base, or with another tokenizer or template, or
             by an adapter method that has no place here.
     """
@@ -82,6 +85,8 @@ def load_roles(
     # Where all weights are trained, nothing is computed with the base as it was.
     whole = bool(trainable) and methods["reference"] == "full"
     base = load_causal_lm(job.recipe, str(folders["reference"]) if whole else location)
+    texts = probe_texts(base.config.vocab_size)
+    expected = own_logprobs(base, texts)
     heads: dict[Role, ScoreHead] = {
         role: load_score_head(folder)
         for role, folder in folders.items()
@@ -105,10 +110,23 @@ def load_roles(
         engine=engine or ("hf" if why_not_packed(base.config) else "native"),
         recompute=job.recipe.base.gradient_checkpointing and bool(trainable),
     ).to(compute_device())
+    check_base(roles, texts, expected)
     renderer = Renderer(tokenizer, limits.max_prompt_tokens, limits.max_response_tokens)
     return LoadedRoles(
         roles, facts, tokenizer, renderer, end_ids(tokenizer), tokenizer.pad_token_id
     )
+
+
+def usable_prompts(job: StageJob, loaded: LoadedRoles, records: Sequence[Record]) -> list[Prompt]:
+    """Return the prompts of ``data.prompts`` among the records that can be tokenised.
+
+    Raises:
+        DataError: too many of them cannot be; see ``StageJob.check_dropped``.
+    """
+    prompts = [record for record in records if isinstance(record, Prompt)]
+    kept, dropped = render_all(prompts, lambda p: (p, loaded.renderer.prompt(p.messages)))
+    job.check_dropped("prompts", len(kept), dropped)
+    return [prompt for prompt, _ in kept]
 
 
 def _value_head(folder: Path | None, hidden_size: int) -> ScoreHead:

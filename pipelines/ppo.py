@@ -5,8 +5,6 @@ et al. 2024: scores at the last token, a per-token KL penalty in the reward, GAE
 advantages, clipped policy and value losses over several epochs.
 """
 
-import resource
-from collections import Counter
 from pathlib import Path
 from time import perf_counter
 
@@ -17,14 +15,13 @@ from align.adapters import save_adapter
 from align.engine import Engine
 from align.errors import TrainingError
 from align.functional import next_kl_coef
+from align.machine import peak_bytes
 from align.models import base_location
 from align.recipe_ppo import Ppo
 from align.roles import Role, Roles
 from align.seeds import derive_seed
 from data.order import draw
-from data.records import Prompt
-from data.render import render_all
-from pipelines.load_roles import LoadedRoles, load_roles
+from pipelines.load_roles import LoadedRoles, load_roles, usable_prompts
 from pipelines.policy_copies import KeptPolicy
 from pipelines.probe import Probe
 from pipelines.ptx import Ptx
@@ -49,7 +46,7 @@ def run(job: StageJob) -> StageResult:
     tolerance = max(_TOLERANCE[name] for name in (recipe.base.dtype, loaded.facts.compute_dtype))
     roles = loaded.roles
     score = ppo_scorer(job, section, loaded)
-    prompts, dropped = _usable(job, loaded)
+    prompts = usable_prompts(job, loaded, job.data["prompts"].train)
     ptx = Ptx(job, loaded, section.ptx) if section.ptx is not None else None
     engine = _engine(roles, section)
     updater = Updater(roles, engine, section, ptx=ptx, tolerance=tolerance)
@@ -93,9 +90,7 @@ def run(job: StageJob) -> StageResult:
 
     metrics |= {"steps": float(step)} | kept.settle()
     _check_frozen(roles, frozen)
-    folders = _save(job, loaded)
-    lost = {"prompts": dropped} | ({section.ptx.source: ptx.dropped} if section.ptx and ptx else {})
-    return StageResult(metrics, folders, loaded.tokenizer, loaded.facts, lost)
+    return StageResult(metrics, _save(job, loaded), loaded.tokenizer, loaded.facts)
 
 
 def _load(job: StageJob, section: Ppo) -> LoadedRoles:
@@ -106,28 +101,15 @@ def _load(job: StageJob, section: Ppo) -> LoadedRoles:
     on_policy = section.value.trunk == "policy"
     if not on_policy:
         folders["value"] = rewards["reward"] if section.needs_reward_stage else sft
-    own: tuple[Role, ...] = ()
-    if section.layout == "separate":
-        own = ("policy",) if on_policy else ("policy", "value")
     return load_roles(
         job,
         folders,
         max_new_tokens=section.max_new_tokens,
-        own_models=own,
+        own_models=section.own_models,
         value_on_policy=on_policy,
         trainable=("policy", "value"),
         engine=section.rollout.engine,
     )
-
-
-def _usable(job: StageJob, loaded: LoadedRoles) -> tuple[list[Prompt], Counter[str]]:
-    """Return the training prompts that can be tokenised, and why others cannot."""
-    prompts = [row for row in job.data["prompts"].train if isinstance(row, Prompt)]
-    rendered, dropped = render_all(
-        prompts, lambda prompt: (prompt, loaded.renderer.prompt(prompt.messages))
-    )
-    job.check_dropped("prompts", dropped)
-    return [prompt for prompt, _ in rendered], dropped
 
 
 def _engine(roles: Roles, section: Ppo) -> Engine:
@@ -176,14 +158,10 @@ def _check_reference(rollout: Rollout, tolerance: float) -> None:
 
 def _costs(rollout: Rollout, seconds: float) -> dict[str, float]:
     """Return time per phase, response tokens per second, and the process's peak memory."""
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return rollout.seconds | {
         "time/update": seconds - sum(rollout.seconds.values()),
         "tokens_per_second": float(rollout.mask.sum()) / seconds,
-        "memory/peak_bytes": float(peak),
+        "memory/peak_bytes": float(peak_bytes()),
     }
 
 
@@ -201,7 +179,8 @@ def _save(job: StageJob, loaded: LoadedRoles) -> tuple[str, ...]:
     loaded.tokenizer.save_pretrained(policy)
     save_file(roles.heads["value"].state_dict(), value / "value_head.safetensors")
     _check_saved(roles, policy)
-    return ("policy", "value", "samples.jsonl")
+    samples = ("samples.jsonl",) if (job.directory / "samples.jsonl").is_file() else ()
+    return ("policy", "value", *samples)
 
 
 def _check_saved(roles: Roles, folder: Path) -> None:

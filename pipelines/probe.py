@@ -9,10 +9,8 @@ import torch
 
 from align.functions import call_score_function, load_function
 from align.seeds import derive_seed
-from align.sequences import micro_batches
-from data.records import Prompt
-from pipelines.load_roles import LoadedRoles
-from pipelines.rollout import Rollout, Scorer, collect
+from pipelines.load_roles import LoadedRoles, usable_prompts
+from pipelines.rollout import collect
 from pipelines.scoring import RewardScorer, heldout_scorer
 from pipelines.stage import StageJob
 
@@ -23,6 +21,7 @@ class Probe:
     Raises:
         RecipeError: ``evaluate.gold`` or ``ppo.heldout_reward`` names no function.
         InputError: the held-out reward model cannot be loaded; see ``pipelines.scoring``.
+        DataError: too many of the prompts cannot be tokenised; see ``StageJob.check_dropped``.
     """
 
     def __init__(self, job: StageJob, loaded: LoadedRoles, score: RewardScorer) -> None:
@@ -30,7 +29,7 @@ class Probe:
         self._job, self._loaded, self._score = job, loaded, score
         self._section = job.recipe.ppo
         heldout = job.data["prompts"].heldout[: self._section.probe_prompts]
-        self._prompts = [row for row in heldout if isinstance(row, Prompt)]
+        self._prompts = usable_prompts(job, loaded, heldout)
         evaluate = job.recipe.evaluate
         self._gold_name = evaluate.gold if evaluate is not None else None
         self._gold = load_function(self._gold_name) if self._gold_name else None
@@ -59,7 +58,8 @@ class Probe:
         } | {f"probe/{key}": value for key, value in self._score.take_metrics().items()}
         columns = {"score": rollout.scores.tolist()}
         if self._heldout is not None:
-            heldout = self._heldout_rewards(self._heldout, rollout)
+            with torch.no_grad():
+                heldout = self._heldout(rollout.prompts, rollout.responses, rollout.sequences)
             metrics["probe/heldout_reward"] = float(heldout.mean())
             columns["heldout_reward"] = heldout.tolist()
         if self._gold is not None and self._gold_name is not None:
@@ -78,14 +78,3 @@ class Probe:
             ]
         )
         return metrics
-
-    @torch.no_grad()
-    def _heldout_rewards(self, score: Scorer, rollout: Rollout) -> torch.Tensor:
-        section, parts = self._section, []
-        size = section.micro_batch_size or section.minibatch_size
-        tokens = section.max_tokens_per_microbatch
-        for rows in micro_batches(rollout.sequences.lengths, rows=size, tokens=tokens):
-            prompts = [rollout.prompts[i] for i in rows]
-            responses = [rollout.responses[i] for i in rows]
-            parts.append(score(prompts, responses, rollout.sequences.rows(rows)))
-        return torch.cat(parts)

@@ -23,9 +23,6 @@ class Ptx:
     (Ouyang et al. 2022, equation 2.) Demonstrations are learned from as in supervised tuning; of a
     text, the first ``data.max_prompt_tokens + data.max_response_tokens`` tokens are.
 
-    Attributes:
-        dropped: why rows of ``data.<source>`` could not be used, counted.
-
     Raises:
         DataError: more rows than ``data.max_dropped`` cannot be used.
         InputError: the base has too few positions for these rows.
@@ -38,10 +35,10 @@ class Ptx:
         check_lengths(loaded.roles.base.config, loaded.tokenizer, longest, keys)
         records = job.data[section.source].train
         if section.source == "sft":
-            rows, self.dropped = _demonstrations(records, loaded)
+            rows, dropped = _demonstrations(records, loaded)
         else:
-            rows, self.dropped = _texts(records, loaded, longest)
-        job.check_dropped(section.source, self.dropped)
+            rows, dropped = _texts(records, loaded, longest)
+        job.check_dropped(section.source, len(rows), dropped)
         self._rows = rows
         self._batch_size = section.batch_size
         self._seed = derive_seed(job.recipe.seed, "ptx")

@@ -5,7 +5,6 @@ of InstructGPT, and is then shifted so that the demonstrations score 0 on averag
 """
 
 import gc
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -67,7 +66,6 @@ class Tokenized:
     train: list[RankedTokens]
     heldout: list[RankedTokens]
     demonstrations: list[Row]
-    dropped: dict[str, Counter[str]]
     pad_id: int
 
 
@@ -110,7 +108,7 @@ def run(job: StageJob) -> StageResult:
     del model, score
     gc.collect()
     check_reload(recipe, location, folder, probe, expected, tokens.pad_id)
-    return StageResult(metrics, ("model",), tokenizer, facts, tokens.dropped)
+    return StageResult(metrics, ("model",), tokenizer, facts)
 
 
 def ranked_tokens(renderer: Renderer, ranking: Ranking) -> RankedTokens:
@@ -144,7 +142,8 @@ def collate(rows: Sequence[RankedTokens], pad_id: int) -> Batch:
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "groups": torch.arange(len(rows)).repeat_interleave(counts),
-        "targets": torch.tensor([target for row in rows for target in row.targets]),
+        # Only compared; float32 would make ties of scores such as 16777216 and 16777217.
+        "targets": torch.tensor([t for row in rows for t in row.targets], dtype=torch.float64),
         "margins": torch.tensor(
             [float("nan") if row.margin is None else row.margin for row in rows]
         ),
@@ -233,13 +232,12 @@ def _tokenize(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
 
     train, dropped = render_all(job.data["reward"].train, render)
     heldout, heldout_dropped = render_all(job.data["reward"].heldout, render)
-    dropped += heldout_dropped
-    job.check_dropped("reward", dropped)
+    job.check_dropped("reward", len(train) + len(heldout), dropped + heldout_dropped)
     if not train:
         raise InputError("data.reward: no training row is left once tokenised")
     assert isinstance(tokenizer.pad_token_id, int)
     demonstrations = _demonstrations(job, renderer)
-    return Tokenized(train, heldout, demonstrations, {"reward": dropped}, tokenizer.pad_token_id)
+    return Tokenized(train, heldout, demonstrations, tokenizer.pad_token_id)
 
 
 def _demonstrations(job: StageJob, renderer: Renderer) -> list[Row]:
@@ -313,6 +311,6 @@ def _metrics(
     return ranking_metrics(
         score(rows),
         torch.arange(len(rankings)).repeat_interleave(counts),
-        torch.tensor([target for ranking in rankings for target in ranking.targets]),
+        torch.tensor([t for ranking in rankings for t in ranking.targets], dtype=torch.float64),
         torch.tensor([len(response) for _, response in rows]),
     )

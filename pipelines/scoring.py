@@ -13,12 +13,12 @@ from align.functions import Chat, call_score_function, load_function
 from align.manifest import Manifest
 from align.recipe_ppo import Ppo, RewardSource
 from align.sequences import Sequences
-from align.stages import heldout_source, read_reward_models, reward_sources
+from align.stages import heldout_source, reward_sources
 from data.records import Prompt
 from data.render import render_all
 from pipelines.foreign_reward import load_foreign_rewards
 from pipelines.load_roles import LoadedRoles
-from pipelines.rollout import Scorer
+from pipelines.rollout import Scorer, passes
 from pipelines.stage import StageJob
 from reward.combine import ensemble_score, source_metrics, weighted_sum
 
@@ -87,7 +87,7 @@ def ppo_scorer(job: StageJob, section: Ppo, loaded: LoadedRoles) -> RewardScorer
             prompts; see ``load_foreign_rewards``.
     """
     sources = section.reward_sources
-    names = _names(sources, read_reward_models(job.recipe, job.stage))
+    names = _names(sources, job.reward_models)
     members = _members(job, section, loaded, sources)
     return RewardScorer(
         {
@@ -108,7 +108,7 @@ def heldout_scorer(job: StageJob, section: Ppo, loaded: LoadedRoles) -> Scorer |
 
 def _roles(job: StageJob, section: Ppo) -> dict[str, str]:
     """Return the roles of the reward models that share the base, by their name in the recipe."""
-    manifests = read_reward_models(job.recipe, job.stage)
+    manifests = job.reward_models
     ours = _origin(job.parents["sft"])
     shared = [name for name, manifest in manifests.items() if _origin(manifest) == ours]
     roles = {name: f"reward{number}" for number, name in enumerate(shared, 1)}
@@ -129,7 +129,7 @@ def _members(
     """Return the scorers of each source: one, or those of an ensemble's models."""
     roles = _roles(job, section)
     names = dict.fromkeys(name for source in sources for name in source.models)
-    models = {n: _role_scorer(loaded, roles[n]) for n in names if n in roles}
+    models = {n: _role_scorer(loaded, roles[n], section) for n in names if n in roles}
     models |= _foreign_scorers(job, section, loaded, [n for n in names if n not in roles])
     return [
         (_function_scorer(source.function, loaded.roles.device),)
@@ -139,15 +139,19 @@ def _members(
     ]
 
 
-def _role_scorer(loaded: LoadedRoles, role: str) -> Scorer:
-    return lambda prompts, responses, sequences: loaded.roles.scores(sequences, role=role)
+def _role_scorer(loaded: LoadedRoles, role: str, section: Ppo) -> Scorer:
+    def score(prompts: list[Chat], responses: list[str], sequences: Sequences) -> Tensor:
+        parts = [sequences.rows(rows) for rows in passes(sequences.lengths, section)]
+        return torch.cat([loaded.roles.scores(part, role=role) for part in parts])
+
+    return score
 
 
 def _foreign_scorers(
     job: StageJob, section: Ppo, loaded: LoadedRoles, names: Sequence[str]
 ) -> dict[str, Scorer]:
     """Return scorers of the models that do not share our base; those that share one share it."""
-    manifests = read_reward_models(job.recipe, job.stage)
+    manifests = job.reward_models
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in names:
         groups[_origin(manifests[name])].append(name)

@@ -59,7 +59,7 @@ def run(job: StageJob) -> StageResult:
     limits = (recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
     renderer = Renderer(tokenizer, *limits)
     train, heldout, dropped = _rows(job, renderer)
-    job.check_dropped("sft", dropped)
+    job.check_dropped("sft", len(train) + len(heldout), dropped)
 
     keys, longest = "data.max_prompt_tokens + data.max_response_tokens", sum(limits)
     if recipe.adapter.method == "prefix":  # stands on the first positions
@@ -90,7 +90,7 @@ def run(job: StageJob) -> StageResult:
     save_trained(model, folder, base=location)
     tokenizer.save_pretrained(folder)
     check_reload(recipe, location, folder, model, (heldout or train)[:_PROBE_ROWS])
-    return StageResult(metrics, ("model",), tokenizer, base, {"sft": dropped})
+    return StageResult(metrics, ("model",), tokenizer, base)
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:

@@ -19,7 +19,7 @@ from align.recipe_ppo import Ppo
 from align.roles import PolicyOutput, Roles
 from align.sequences import Sequences, micro_batches
 from pipelines.ptx import Ptx
-from pipelines.rollout import Rollout, cut
+from pipelines.rollout import Rollout, passes
 from pipelines.shaping import Estimates
 
 
@@ -108,7 +108,7 @@ class Updater:
     ) -> list[Part]:
         lengths = tuple(rollout.sequences.lengths[row] for row in rows)
         parts = []
-        for group in cut(lengths, self._section):
+        for group in passes(lengths, self._section):
             chosen = [rows[i] for i in group]
             sequences = rollout.sequences.rows(chosen)
             width = sequences.response_mask.shape[1]

@@ -51,7 +51,7 @@ from align.roles import Roles  # noqa: E402
 from align.sequences import Sequences  # noqa: E402
 from data.records import Message, Prompt  # noqa: E402
 from pipelines.load_roles import LoadedRoles  # noqa: E402
-from pipelines.rollout import collect  # noqa: E402
+from pipelines.rollout import collect, passes  # noqa: E402
 from pipelines.shaping import ScoreScaler, estimate  # noqa: E402
 from pipelines.update import Updater  # noqa: E402
 from reward.model import ScoreHead  # noqa: E402
@@ -210,7 +210,8 @@ def train(loaded: LoadedRoles, section: Ppo, workload: Workload) -> list[dict[st
     roles, renderer = loaded.roles, StoredPrompts(workload.prompts, loaded.tokenizer)
 
     def score(prompts: list[Chat], responses: list[str], sequences: Sequences) -> torch.Tensor:
-        return roles.scores(sequences)
+        parts = [sequences.rows(rows) for rows in passes(sequences.lengths, section)]
+        return torch.cat([roles.scores(part) for part in parts])
 
     steps = section.steps * section.epochs * (section.batch_size // section.minibatch_size)
     parameters = [roles.role_parameters("policy"), roles.role_parameters("value")]

@@ -23,7 +23,7 @@ from align.models import base_location, load_causal_lm
 from align.recipe import Recipe, TokenizerSection
 from align.recipe_io import load_recipe
 from data.collate import collate_demonstrations
-from data.records import Message, Text
+from data.records import Message, Prompt, Text
 from data.render import IGNORED, Renderer, Tokens
 from data.tokenizer import prepare_tokenizer
 from pipelines import sft, stage
@@ -123,7 +123,7 @@ def copy(finished, tmp_path) -> Path:
 def make_job(tmp_path: Path, tokenizer=None, **changes) -> stage.StageJob:
     """Return an sft job on ``tests.tiny`` models, for the parts of the stage."""
     recipe = Recipe.model_validate(
-        settings(tmp_path, base={"id": "unused"}, pretrain=None, **changes)
+        settings(tmp_path, base={"id": "unused"}, tokenizer={}, pretrain=None, **changes)
     )
     return stage.StageJob(recipe, "sft", tmp_path / "sft", {}, {}, stage.Console(quiet=True))
 
@@ -226,6 +226,12 @@ class TestPretrain:
         stream = rows[0] + rows[1]
         assert pack(rows, 4).flatten().tolist() == stream[: len(stream) // 4 * 4]
 
+    def test_prompts_are_documents_without_what_asks_for_an_answer(self):
+        tokenizer = prepare_tokenizer(tiny.tokenizer(), TokenizerSection())
+        (row,), dropped = documents([Prompt((Message("user", "Say hello."),))], tokenizer)
+        assert tokenizer.decode(row) == "\n\nHuman: Say hello.<|end|>"
+        assert not dropped
+
     def test_learns_and_measures_on_heldout(self, finished):
         manifest = read_manifest(finished / "runs/tiny/pretrain", "pretrain")
         first = rows_of(finished / "runs/tiny/pretrain/metrics.jsonl")[0]
@@ -274,7 +280,12 @@ class TestSft:
         assert sft_facts.tokenizer_sha256 == parent.tokenizer_sha256
         assert (sft_facts.pad_id, sft_facts.eos_ids) == (0, (1,))
         assert [p.model_dump() for p in sft_facts.parents] == [
-            {"stage": "pretrain", "path": "../pretrain", "sha256": parent.outputs_sha256()}
+            {
+                "stage": "pretrain",
+                "path": "../pretrain",
+                "sha256": parent.outputs_sha256(),
+                "in_chain": True,
+            }
         ]
         assert set(sft_facts.outputs) == {
             f"model/{name}"
@@ -289,6 +300,7 @@ class TestSft:
         assert sorted(p.name for p in (finished / "runs/tiny/sft").iterdir()) == [
             "metrics.jsonl",
             "model",
+            "recipe.yaml",
             "samples.jsonl",
             "stage.json",
         ]
@@ -303,9 +315,16 @@ class TestSft:
         assert offline_wandb.history(directory) == list(merged.values())
 
     def test_saved_recipe_reads_back_equal(self, finished):
-        assert load_recipe(finished / "runs/tiny/recipe.yaml") == load_recipe(
-            finished / "recipe.yaml"
-        )
+        given = load_recipe(finished / "recipe.yaml")
+        assert load_recipe(finished / "runs/tiny/recipe.yaml") == given
+
+    def test_every_stage_keeps_the_recipe_that_it_was_made_with(self, copy):
+        before = (copy / "runs/tiny/pretrain/recipe.yaml").read_text()
+        job = make_job(copy / "runs/tiny", seed=9, name="runs", run={"root": str(copy)})
+        assert job.log is not None
+        job.close(0)
+        assert load_recipe(copy / "runs/tiny/sft/recipe.yaml") == job.recipe
+        assert (copy / "runs/tiny/pretrain/recipe.yaml").read_text() == before
 
     def test_finished_stage_is_skipped_until_forced(self, copy, capsys):
         before = (copy / "runs/tiny/sft/stage.json").stat().st_mtime_ns
@@ -474,6 +493,6 @@ class TestRefusals:
         assert process.returncode == code
         name = signal.Signals(number).name
         last = shown.splitlines()[-1]
-        assert last == f"pretrain: stopped by {name}; the same command starts it again"
+        assert last == f"pretrain: stopped by {name}; the same command makes what is not finished"
         assert "Traceback" not in shown
         assert not (copy / "runs/tiny/pretrain/stage.json").exists()

@@ -31,6 +31,7 @@ from pipelines.reward_model import (
     ranked_tokens,
 )
 from reward.model import HEAD_KEY, RewardModel, new_reward_model
+from reward.ranking import strict_pairs
 from tests import tiny
 from tests.adapters import sft_adapter
 
@@ -282,6 +283,13 @@ def test_the_margin_reaches_the_loss(tmp_path: Path) -> None:
     rows = [RankedTokens(r.prompt, r.responses, r.targets, margin=2.0) for r in tokens(seed=2)]
     (_, without), (_, with_margin) = (train(folder, rows, 4, margin=m) for m in (False, True))
     assert with_margin[0] > without[0] + 0.1
+
+
+def test_scores_that_float32_cannot_tell_apart_are_no_tie() -> None:
+    row = RankedTokens([2], ([3, 1], [4, 1]), (16777216.0, 16777217.0), margin=None)
+    batch = collate([row], 0)
+    better, worse = strict_pairs(batch["groups"], batch["targets"])
+    assert (better.tolist(), worse.tolist()) == ([1], [0])
 
 
 def test_equal_responses_with_different_scores_are_dropped() -> None:

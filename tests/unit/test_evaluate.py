@@ -1,5 +1,6 @@
 """What is measured on answers and rankings, against plain loops on a tiny model."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -154,6 +155,7 @@ def test_reward_accuracy_counts_pairs_as_a_plain_loop_does(loaded):
     metrics = evaluate._reward_accuracy(loaded, rankings, section(), gold)
 
     right = longer = label_pairs = agreed = labelled = gold_pairs = 0.0
+    bins = [0.0] * 10  # right answers less their probabilities, from 0.5 to 1
     for row, ids in rankings:
         prompt = render.prompt(row.messages)
         scores = [plain_score(loaded, prompt + answer) for answer in ids]
@@ -162,6 +164,8 @@ def test_reward_accuracy_counts_pairs_as_a_plain_loop_does(loaded):
                 if row.scores[i] > row.scores[j]:
                     label_pairs += 1
                     right += scores[i] > scores[j]
+                    said = 1 / (1 + math.exp(-abs(scores[i] - scores[j])))
+                    bins[int(20 * (said - 0.5))] += (scores[i] > scores[j]) - said
                     longer += half(len(ids[i]), len(ids[j]))
                 if gold([], [first])[0] > gold([], [second])[0]:
                     gold_pairs += 1
@@ -171,6 +175,8 @@ def test_reward_accuracy_counts_pairs_as_a_plain_loop_does(loaded):
     assert metrics["reward/pairs"] == 4
     assert metrics["reward/accuracy"] == pytest.approx(right / 4)
     assert metrics["reward/accuracy/longer_wins"] == pytest.approx(longer / 4)
+    off = sum(map(abs, bins)) / 4
+    assert metrics["reward/calibration/ece"] == pytest.approx(off, abs=1e-5)
     assert metrics["reward/accuracy/gold"] == pytest.approx(agreed / 4)
     assert metrics["reward/labels/gold"] == pytest.approx(labelled / 4)
     assert metrics["reward/accuracy/low"] <= right / 4 <= metrics["reward/accuracy/high"]

@@ -46,6 +46,9 @@ def head():
     return made
 
 
+OWN = {"shared": (), "separate": ("policy", "value"), "critic": ("value",), "policy": ("policy",)}
+
+
 def own_model(base, role, folder):
     model = merged(base, folder)
     return model if role == "policy" else model.base_model
@@ -59,7 +62,7 @@ def load(make_base, folder, *, layout="shared", trunk="own", engine="native", la
     folders = {"policy": sft, "reference": sft, "reward": rm}
     if trunk == "own":
         folders["value"] = rm
-    own = [role for role in ("policy", "value") if layout == "separate" and role in folders]
+    own = [role for role in OWN[layout] if role in folders]
     roles = Roles(
         make_base(),
         {role: path for role, path in folders.items() if role not in own},
@@ -160,11 +163,12 @@ def gradient_of_four_rows(loaded, rollout, estimates, section):
     return gradients
 
 
+@pytest.mark.parametrize("layout", ["separate", "critic", "policy"])
 @pytest.mark.parametrize("make_base", [tiny.llama, tiny.gpt2])
-def test_both_layouts_give_the_same_numbers(make_base, tmp_path):
+def test_all_layouts_give_the_same_numbers(make_base, layout, tmp_path):
     """Merged weights are the base plus its adapter, whoever adds them up."""
     shared = load(make_base, tmp_path / "a")
-    separate = load(make_base, tmp_path / "b", layout="separate")
+    separate = load(make_base, tmp_path / "b", layout=layout)
     ours, theirs = rolled(shared), rolled(separate)
     assert sampled_ids(ours) == sampled_ids(theirs)
     for name in ("logprobs", "ref_logprobs", "values", "entropy", "scores"):
@@ -175,8 +179,9 @@ def test_both_layouts_give_the_same_numbers(make_base, tmp_path):
     ]
     for key in ("ppo/ratio_first_max_error", "ppo/explained_variance"):
         assert updates[0][key] == pytest.approx(updates[1][key], abs=1e-4)
-    moved = [p for p in separate.roles.role_parameters("policy") if p.grad is None]
-    assert len(moved) == len(list(make_base().parameters()))  # cleared after the step
+    if layout != "critic":
+        moved = [p for p in separate.roles.role_parameters("policy") if p.grad is None]
+        assert len(moved) == len(list(make_base().parameters()))  # cleared after the step
 
 
 @pytest.mark.parametrize("make_base", [tiny.llama, tiny.gpt2])

@@ -136,8 +136,7 @@ def test_rows_that_cannot_be_learned_from_are_counted_and_too_many_refused(world
         ptx(world, (*DEMONSTRATIONS, too_long))
     with pytest.raises(DataError, match=r"data\.pretrain: 1 of 4 rows .*nothing_to_learn 1"):
         ptx(world, (*TEXTS, Text("")), "pretrain")
-    used = ptx(world, (*DEMONSTRATIONS, too_long), max_dropped=0.5)
-    assert used.dropped == {"response_too_long": 1}
+    ptx(world, (*DEMONSTRATIONS, too_long), max_dropped=0.5)
 
 
 def test_rows_longer_than_the_base_has_positions_are_refused(world):
