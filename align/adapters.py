@@ -1,4 +1,4 @@
-"""LoRA adapters: what they are put on, and folders of them that load without our code.
+"""Folders of trained models: adapters that PEFT loads, and whole models.
 
 PEFT's own ``save_pretrained`` leaves files whose content depends on where they lie (absolute paths,
 a model card) and on Python's hash seed (the order of the target names); ours does neither, so that
@@ -10,104 +10,28 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import torch
-from peft import LoraConfig, PeftModel
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from peft import PeftModel
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from transformers import PretrainedConfig, PreTrainedModel
 
-from align.errors import InputError, TrainingError
+from align.bottleneck import PEFT_TYPE as BOTTLENECK
 from align.manifest import FILE as MANIFEST
-from align.recipe import Adapter
+from align.recipe_adapter import Method
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-HEAD = "score"  # transformers' name for the head of a decoder that classifies
 
 
-def lora_config(
-    adapter: Adapter, task_type: Literal["CAUSAL_LM", "SEQ_CLS"], model: nn.Module
-) -> LoraConfig:
-    """Return the PEFT configuration for a recipe's adapter on ``model``.
-
-    Args:
-        task_type: SEQ_CLS also trains and saves the ``score`` head of the model.
-        model: the model without adapters; ``all-linear`` is spelled out from its layers, because
-            PEFT would reach into heads with it.
-
-    Raises:
-        InputError: a target name is not a linear layer of the model.
-    """
-    names = linear_names(model)
-    if isinstance(adapter.targets, str):
-        targets = names
+def save_trained(
+    model: PeftModel | PreTrainedModel, folder: Path, *, base: str, revision: str | None
+) -> None:
+    """Write what was trained: an adapter as in ``save_adapter``, or a whole model."""
+    if isinstance(model, PeftModel):
+        save_adapter(model, folder, base=base, revision=revision)
     else:
-        targets = sorted(set(adapter.targets))
-        unknown = [name for name in targets if name not in names]
-        if unknown:
-            raise InputError(
-                f"adapter.targets={', '.join(unknown)}: no such linear layers in"
-                f" {type(model).__name__}; it has {', '.join(names)}"
-            )
-    conv = any(isinstance(module, Conv1D) for module in model.modules())
-    return LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # annotated int, used as a factor
-        lora_dropout=adapter.dropout,
-        target_modules=targets,
-        layers_to_transform=_adapted_layers(adapter, model),
-        modules_to_save=[HEAD] if task_type == "SEQ_CLS" else None,
-        task_type=task_type,
-        bias="none",
-        fan_in_fan_out=conv,  # GPT-2 stores its matrices transposed
-    )
-
-
-def _adapted_layers(adapter: Adapter, model: nn.Module) -> list[int] | None:
-    """Return the numbers of the layers that carry adapters, None for all of them."""
-    if adapter.layers == "all":
-        return None
-    depth = int(model.config.num_hidden_layers)  # type: ignore[arg-type, union-attr]
-    carried = -(-depth // {"top-half": 2, "top-quarter": 4}[adapter.layers])
-    return list(range(depth - carried, depth))
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    """Return the names, without their path, of the linear layers inside the model's body.
-
-    Output embeddings and heads are left out: they are neither adapted nor shared between roles.
-    """
-    body = model.base_model if isinstance(model, PreTrainedModel) else model
-    return sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in body.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and name not in ("", "lm_head", HEAD)
-        }
-    )
-
-
-def check_trained(model: nn.Module) -> None:
-    """Check that what is trained is the LoRA adapter and a score head: all of both, in float32.
-
-    Libraries that prepare a model for training rewrite which of its parameters are, and in which
-    precision.
-
-    Raises:
-        TrainingError: names the first parameters that should not be trained, or should be.
-    """
-    wrong = []
-    for name, parameter in model.named_parameters():
-        wanted = ".lora_" in name or f".{HEAD}.modules_to_save." in name
-        if parameter.requires_grad != wanted or (wanted and parameter.dtype != torch.float32):
-            wrong.append(f"{name} ({parameter.dtype}, trained: {parameter.requires_grad})")
-    if wrong or not any(parameter.requires_grad for parameter in model.parameters()):
-        raise TrainingError(
-            "only a float32 adapter and score head must be trained, all of both; but found"
-            f" {len(wrong)} others, like {wrong[:2]}"
-        )
+        model.save_pretrained(folder, safe_serialization=True)
 
 
 def save_adapter(
@@ -157,6 +81,41 @@ def save_adapter(
 def is_adapter(folder: Path) -> bool:
     """Return whether a folder holds an adapter, not a whole model."""
     return (folder / CONFIG).is_file()
+
+
+def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put a folder's adapter, by whatever method, on its base, which is used up; frozen."""
+    adapted: PeftModel = PeftModel.from_pretrained(base, folder)
+    share_config(adapted)
+    return adapted
+
+
+def share_config(model: PeftModel) -> None:
+    """Give the layers that PEFT has copied, to train the copies, the model's own configuration.
+
+    What is set on it later, like the kind of attention, would not reach them otherwise.
+    """
+    config = model.get_base_model().config
+    for module in model.modules():
+        if isinstance(vars(module).get("config"), PretrainedConfig):
+            module.config = config
+
+
+def trained_method(folder: Path) -> Method:
+    """Return the adapter method that a folder's model was trained by, from its configuration."""
+    if not is_adapter(folder):
+        return "full"
+    settings: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    kind = settings["peft_type"]
+    if kind == BOTTLENECK:
+        return "bottleneck"
+    if kind == "PREFIX_TUNING":
+        return "prefix"
+    if settings["target_modules"] != DUMMY_TARGET_MODULES:
+        return "lora"
+    if settings["bias"] != "none":
+        return "bitfit"
+    return "head_only" if len(settings["modules_to_save"]) == 1 else "top_layers"
 
 
 def stored_base(base: str, folder: Path) -> str:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftModel
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
@@ -25,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from align.adapters import is_adapter, load_adapter
 from align.errors import InputError
 from align.manifest import BaseFacts, sha256_file
 from align.quantization import (
@@ -136,6 +139,25 @@ def load_causal_lm(recipe: Recipe, location: str) -> PreTrainedModel:
     model.generation_config = neutral_generation(model.config)
     model.eval()
     prepare_quantized(model, recipe.base, device)
+    return model
+
+
+def load_trained(recipe: Recipe, location: str, folder: Path) -> PeftModel | PreTrainedModel:
+    """Load what a language-modelling stage made: its base with an adapter, or a whole model.
+
+    Args:
+        location: of the base.
+    """
+    if is_adapter(folder):
+        return load_adapter(load_causal_lm(recipe, location), folder)
+    return load_causal_lm(recipe, str(folder))
+
+
+def load_backbone(recipe: Recipe, folder: Path) -> PreTrainedModel:
+    """Load what gives a whole model's hidden states, without its head, in evaluation mode."""
+    settings = load_settings(recipe, str(folder))
+    model: PreTrainedModel = AutoModel.from_pretrained(folder, **settings)
+    model.eval()
     return model
 
 

@@ -29,6 +29,9 @@ def plan_recipe(recipe: Recipe, base: Shape | None) -> tuple[StagePlan, ...]:
         InputError: an adapter's target is not a layer of the base; the size of the vocabulary of
             a base to be made is not known.
     """
+    if recipe.adapter.method != "lora" or recipe.adapter.dora:
+        used = "dora=true" if recipe.adapter.dora else f"method={recipe.adapter.method}"
+        raise InputError(f"adapter.{used}: align plan only knows lora without dora")
     if base is None:
         assert recipe.pretrain is not None
         vocab = recipe.tokenizer.vocab_size

@@ -9,7 +9,7 @@ from math import ceil
 from typing import Literal
 
 from align.plan_model import Shape
-from align.recipe import Adapter
+from align.recipe_adapter import Adapter
 
 CHUNK_ELEMENTS = 2**20  # align.logprobs: numbers in the logits of one chunk
 _BLOCK_8BIT, _SMALLEST_8BIT = 256, 4096  # bitsandbytes: numbers per scale; smaller tensors stay

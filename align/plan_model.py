@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from align.errors import InputError
-from align.recipe import Adapter, SmallLlama
+from align.recipe import SmallLlama
+from align.recipe_adapter import Adapter
 
 Quantization = Literal["none", "nf4", "fp4", "int8"]
 

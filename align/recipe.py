@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from align.recipe_adapter import Adapter
 from align.recipe_ppo import Ppo
 from align.recipe_types import (
     Fraction,
@@ -20,7 +21,6 @@ from align.recipe_types import (
     PositiveFloat,
     RunName,
     Section,
-    Strings,
     check_divides,
     check_exactly_one,
     refuse,
@@ -79,26 +79,6 @@ class TokenizerSection(Section):
     vocab_size: Positive | None = None
     chat_template: str | None = None  # a jinja file; null: the tokenizer's own, else Align's
     pad_token: str | None = None  # an existing token; null: chosen by rule, never the end of turn
-
-
-class Adapter(Section):
-    """What is trained on the frozen base in the stages sft, reward and ppo."""
-
-    method: Literal["lora", "full", "head_only", "top_layers", "bitfit", "bottleneck", "prefix"] = (
-        "lora"
-    )
-    r: Positive = 16
-    alpha: PositiveFloat = 32.0
-    dropout: Fraction = 0.0
-    targets: Literal["all-linear"] | Strings = "all-linear"
-    # Which layers carry adapters. Below the lowest, PPO computes the base once per rollout.
-    layers: Literal["all", "top-half", "top-quarter"] = "all"
-
-    @model_validator(mode="after")
-    def _check(self) -> "Adapter":
-        if self.method != "lora":
-            refuse_planned("method", "lora")
-        return self
 
 
 class Source(Section):
@@ -318,7 +298,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _stages_have_what_they_need(self) -> "Recipe":
-        problems = self._base_problems() + self._stage_problems()
+        problems = self._base_problems() + self._stage_problems() + self._adapter_problems()
         if problems:
             refuse_all(problems)
         return self
@@ -364,6 +344,30 @@ class Recipe(Section):
             needed = "needs a reward section, run.parents.reward, or a function as ppo.reward"
             problems.append(("ppo.reward", needed))
         return problems + (self._ppo_problems(self.ppo) if self.ppo else [])
+
+    def _adapter_problems(self) -> list[tuple[str, str]]:
+        adapter, base, made = self.adapter, self.base, self.pretrain
+        problems = adapter.problems_with_base(
+            base.dtype, base.quantization, base.gradient_checkpointing
+        )
+        if self.ppo:
+            problems += adapter.problems_in_ppo(self.ppo.layout, self.ppo.value.layout)
+        if adapter.method == "prefix" and self.sft and self.sft.packing:
+            needed = (
+                "puts several rows behind one prefix; allowed with adapter.method=prefix: false"
+            )
+            problems.append(("sft.packing", needed))
+        if adapter.method == "prefix" and self.evaluate:
+            needed = "has no pass with the prefixes of adapter.method=prefix; drop the section"
+            problems.append(("evaluate", needed))
+        if adapter.method == "bitfit" and made:
+            needed = "trains biases, and the Llama of the pretrain stage has none"
+            problems.append(("adapter.method", f"{needed}; allowed for it: another method"))
+        count = (adapter.top_layers or 0) if adapter.method == "top_layers" else 0
+        if made and count > made.model.num_layers:
+            needed = f"the base has {made.model.num_layers} layers; allowed: at most so many"
+            problems.append(("adapter.top_layers", needed))
+        return problems
 
     def _ppo_problems(self, ppo: Ppo) -> list[tuple[str, str]]:
         problems = []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from align.adapters import CONFIG
+from align.adapters import CONFIG, trained_method
 from align.attention import why_not_packed
 from align.base_check import check_base, own_logprobs, probe_texts
 from align.errors import InputError, ParentError, TrainingError
@@ -112,6 +112,13 @@ def load_foreign_rewards(
     assert recipe.ppo is not None
     limits, max_new_tokens = recipe.data, recipe.ppo.max_new_tokens
     models = [folder / "model" for folder in folders]
+    for folder, model in zip(folders, models, strict=True):
+        method = trained_method(model)
+        if method != "lora":
+            raise ParentError(
+                f"{folder}: was trained with adapter.method={method}; allowed for a reward model"
+                " with a base of its own: lora"
+            )
     tokenizer = AutoTokenizer.from_pretrained(models[0])
     with _named(folders[0]):
         location, revision = _base_location(models[0]), manifest.base.revision

@@ -7,9 +7,10 @@ from typing import Any, cast
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from align.adapters import is_adapter
+from align.adapters import load_adapter, trained_method
 from align.attention import why_not_packed
 from align.base_check import check_base, own_logprobs, probe_texts
+from align.errors import ParentError
 from align.generation import Engine
 from align.manifest import BaseFacts
 from align.models import (
@@ -17,15 +18,18 @@ from align.models import (
     base_location,
     check_lengths,
     compute_device,
+    load_backbone,
     load_causal_lm,
     recipe_base_facts,
 )
+from align.recipe import Recipe
+from align.recipe_adapter import Method
 from align.roles import Role, Roles, merged
 from data.records import Prompt, Record
 from data.render import Renderer, render_all
 from data.tokenizer import end_ids
 from pipelines.stage import StageJob
-from reward.model import SCORE_FILE, ScoreHead, load_score_head
+from reward.model import SCORE_FILE, ScoreHead, load_reward_model, load_score_head
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,13 @@ def load_roles(
     trainable: Sequence[Role] = (),
     engine: Engine | None = None,
 ) -> LoadedRoles:
-    """Load the base once and put the roles' adapters and heads on it.
+    """Load the base once and put the roles' LoRA adapters and heads on it.
+
+    A role that was trained by another method gets a model of its own.
 
     Args:
         folders: what each role starts from: an adapter of the base, or a whole model. Reward roles
-            bring their score head;
-            so does ``value`` if it starts from a reward model.
+            bring their score head; so does ``value`` if it starts from a reward model.
         max_new_tokens: how long responses will be; the base needs positions for them.
         own_models: roles whose adapter is merged into a copy of the base, to train all weights.
         value_on_policy: the critic is a head on the policy's hidden states, which starts at 0.
@@ -65,8 +70,11 @@ def load_roles(
     Raises:
         InputError: prompts and responses are longer than the base allows, or the base is of a kind
             whose log-probabilities come out wrong here.
-        ParentError: a parent was made on another base, or with another tokenizer or template.
+        ParentError: a parent was made on another base, or with another tokenizer or template, or
+            by an adapter method that has no place here.
     """
+    methods = {role: trained_method(folder) for role, folder in folders.items()}
+    _check_methods(job, folders, methods, bool(trainable))
     limits, location = job.recipe.data, base_location(job.recipe)
     tokenizer = AutoTokenizer.from_pretrained(
         job.parent_folder("sft") / "model", trust_remote_code=job.recipe.base.trust_remote_code
@@ -76,7 +84,9 @@ def load_roles(
     keys = f"data.max_prompt_tokens + {job.stage}.max_new_tokens"
     longest = limits.max_prompt_tokens + max_new_tokens
     check_lengths(base_config(job.recipe, location), tokenizer, longest, keys)
-    base = load_causal_lm(job.recipe, location)
+    # Where all weights are trained, nothing is computed with the base as it was.
+    whole = bool(trainable) and methods["reference"] == "full"
+    base = load_causal_lm(job.recipe, str(folders["reference"]) if whole else location)
     texts = probe_texts(base.config.vocab_size)
     expected = own_logprobs(base, texts)
     heads: dict[Role, ScoreHead] = {
@@ -86,11 +96,17 @@ def load_roles(
     }
     if "value" in folders or value_on_policy:
         heads["value"] = _value_head(folders.get("value"), base.config.hidden_size)
-    own = [r for r, folder in folders.items() if r in own_models or not is_adapter(folder)]
+    own = [r for r in folders if r in own_models or methods[r] != "lora"]
+    models = {
+        role: base
+        if whole and role == "reference"
+        else _own_model(job, location, role, folders[role], trained=role in own_models)
+        for role in own
+    }
     roles = Roles(
         base,
         {role: folder for role, folder in folders.items() if role not in own},
-        models={role: _own_model(job, location, role, folders[role]) for role in own},
+        models=models,
         heads=heads,
         trainable=trainable,
         engine=engine or ("hf" if why_not_packed(base.config) else "native"),
@@ -122,14 +138,51 @@ def _value_head(folder: Path | None, hidden_size: int) -> ScoreHead:
     return ScoreHead(hidden_size)
 
 
-def _own_model(job: StageJob, location: str, role: Role, folder: Path) -> PreTrainedModel:
-    """Return a model of its own in float32: a checkpoint, or the base with an adapter merged in."""
-    if is_adapter(folder):
+def _own_model(
+    job: StageJob, location: str, role: Role, folder: Path, *, trained: bool
+) -> PreTrainedModel:
+    """Return a model of its own: a checkpoint, or a copy of the base with what was trained on it.
+
+    Args:
+        trained: whether all its weights will be.
+    """
+    recipe, method = job.recipe, trained_method(folder)
+    model: Any
+    if method == "full":
+        is_reward = (folder / SCORE_FILE).is_file()
+        model = (load_backbone if is_reward else _load_whole)(recipe, folder)
+    elif method == "lora":
         # In float32: what an adapter adds to a weight is less than bfloat16 can tell.
-        base: Any = load_causal_lm(job.recipe, location)
+        base: Any = load_causal_lm(recipe, location)
         model = merged(base.float(), folder)
+    elif role.startswith("reward"):
+        model = load_reward_model(load_causal_lm(recipe, location), folder).backbone
     else:
-        model = load_causal_lm(job.recipe, str(folder))
+        model = load_adapter(load_causal_lm(recipe, location), folder).get_base_model()
     # A critic does not use the output embeddings.
     own: Any = model.base_model if role == "value" else model
-    return cast(PreTrainedModel, own.float())
+    return cast(PreTrainedModel, own.float() if trained or method == "full" else own)
+
+
+def _load_whole(recipe: Recipe, folder: Path) -> PreTrainedModel:
+    return load_causal_lm(recipe, str(folder))
+
+
+def _check_methods(
+    job: StageJob, folders: Mapping[Role, Path], methods: Mapping[Role, Method], is_ppo: bool
+) -> None:
+    """Refuse what was trained by a method that this stage cannot work with."""
+    ours = job.recipe.adapter.method
+    for role, method in methods.items():
+        if is_ppo and method not in ("lora", "full"):
+            allowed = "lora or full"
+        elif is_ppo and role in ("policy", "reference", "value") and method != ours:
+            allowed = f"{ours}, as in the recipe"
+        elif method == "prefix":
+            allowed = "any other"
+        else:
+            continue
+        raise ParentError(
+            f"{folders[role]}: was trained with adapter.method={method}; allowed for the stage"
+            f" {job.stage}: {allowed}"
+        )

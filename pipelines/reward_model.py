@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from align.adapters import check_trained
+from align.adapter_methods import check_trained, say_share, trained_share
+from align.adapters import is_adapter
 from align.errors import InputError, TrainingError
 from align.models import (
     base_location,
@@ -74,21 +75,21 @@ def run(job: StageJob) -> StageResult:
     assert section is not None
     location = base_location(recipe)
     facts = recipe_base_facts(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(
-        job.parent_folder("sft") / "model", trust_remote_code=recipe.base.trust_remote_code
-    )
+    sft = job.parent_folder("sft") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(sft, trust_remote_code=recipe.base.trust_remote_code)
     job.check_origin(tokenizer, facts)
     tokens = _tokenize(job, tokenizer)
 
-    model = new_reward_model(
-        load_causal_lm(recipe, location),
-        recipe.adapter,
-        job.parent_folder("sft") / "model",
-        derive_seed(recipe.seed, "reward", "head"),
-    )
-    check_trained(model.classifier)
+    start = load_causal_lm(recipe, location if is_adapter(sft) else str(sft))
+    base_parameters = start.num_parameters()
+    seed = derive_seed(recipe.seed, "reward", "head")
+    model = new_reward_model(start, recipe.adapter, sft, seed)
+    check_trained(model.classifier, recipe.adapter.method)
+    share = trained_share(model.classifier, base_parameters)
+    del start  # its output embeddings are not needed
     if recipe.base.gradient_checkpointing:
         recompute_activations(model.backbone)
+    job.log.note(f"reward  {say_share(recipe.adapter.method, share)}")
     steps = _train(job, model, tokens)
     # First of all: what follows may run out of memory.
     folder = job.directory / "model"
@@ -102,7 +103,7 @@ def run(job: StageJob) -> StageResult:
         model.head.shift.fill_(calibration.shift)
         model.head.scale.fill_(calibration.scale)
         write_calibration(folder, calibration.shift, calibration.scale)
-    metrics = _measure(score, tokens)
+    metrics = _measure(score, tokens) | share
     job.log.log(steps, metrics)
 
     probe = (tokens.demonstrations or tokens.train[0].rows())[:PROBE_ROWS]
@@ -211,7 +212,7 @@ def check_reload(
     *,
     batch_size: int,
 ) -> None:
-    """Load a saved reward model on a fresh base and compare its scores with the live model's.
+    """Load a saved reward model anew and compare its scores with the live model's.
 
     Args:
         batch_size: as ``expected`` was computed with: in bfloat16 other shapes round differently.
@@ -219,7 +220,8 @@ def check_reload(
     Raises:
         TrainingError: they differ.
     """
-    model = load_reward_model(load_causal_lm(recipe, location), folder).to(compute_device())
+    base = load_causal_lm(recipe, location) if is_adapter(folder) else None
+    model = load_reward_model(base, folder).to(compute_device())
     found = _scorer(model, batch_size, pad_id)(probe)
     difference = (found - expected).abs().max().item()
     if not difference <= RELOAD_TOLERANCE:

@@ -1,4 +1,4 @@
-"""Supervised instruction tuning: a LoRA adapter that learns the assistant's turns.
+"""Supervised instruction tuning: an adapter, or the whole model, learns the assistant's turns.
 
 Rows come from ``data.render`` with their labels; TRL's trainer neither renders, tokenises, masks
 nor truncates anything here.
@@ -17,7 +17,8 @@ from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from align.adapters import check_trained, lora_config, save_adapter
+from align.adapter_methods import adapter_config, check_trained, say_share, trained_share
+from align.adapters import save_trained
 from align.errors import InputError, TrainingError
 from align.generation import generate
 from align.models import (
@@ -26,6 +27,7 @@ from align.models import (
     check_lengths,
     first_line,
     load_causal_lm,
+    load_trained,
     recipe_base_facts,
     recompute_activations,
 )
@@ -40,11 +42,13 @@ from pipelines.stage import StageJob, StageResult
 from pipelines.trainer_log import connect, num_steps, training_arguments
 
 _SAMPLES_SHOWN = 16  # answers that go to samples.jsonl
-_PROBE_ROWS = 4  # rows on which the saved adapter is compared with the one in memory
+_PROBE_ROWS = 4  # rows on which the saved model is compared with the one in memory
+
+Trained = PeftModel | PreTrainedModel
 
 
 def run(job: StageJob) -> StageResult:
-    """Tune an adapter on ``data.sft``; write it to ``model/``, and sampled answers."""
+    """Tune by ``adapter.method`` on ``data.sft``; write ``model/``, and sampled answers."""
     recipe, section = job.recipe, job.recipe.sft
     assert section is not None
     location = base_location(recipe)
@@ -57,19 +61,25 @@ def run(job: StageJob) -> StageResult:
     train, heldout, dropped = _rows(job, renderer)
     job.check_dropped("sft", len(train) + len(heldout), dropped)
 
-    keys = "data.max_prompt_tokens + data.max_response_tokens"
-    check_lengths(base_config(recipe, location), tokenizer, sum(limits), keys)
-    model = add_adapter(load_causal_lm(recipe, location), recipe)
+    keys, longest = "data.max_prompt_tokens + data.max_response_tokens", sum(limits)
+    if recipe.adapter.method == "prefix":  # stands on the first positions
+        keys, longest = f"{keys} + adapter.prefix_tokens", longest + recipe.adapter.prefix_tokens
+    check_lengths(base_config(recipe, location), tokenizer, longest, keys)
+    base_model = load_causal_lm(recipe, location)
+    base_parameters = base_model.num_parameters()
+    model = add_adapter(base_model, recipe)
     trainer = make_trainer(job, section, model, tokenizer, train)
     callback = connect(trainer, job.log)
+    share = trained_share(model, base_parameters)
+    job.log.note(f"sft  {say_share(recipe.adapter.method, share)}")
     trainer.train()
     model.eval()
     # First of all: what follows may run out of memory.
     folder = job.directory / "model"
-    save_adapter(model, folder, base=location, revision=base.revision)
+    save_trained(model, folder, base=location, revision=base.revision)
     tokenizer.save_pretrained(folder)
 
-    metrics = callback.last
+    metrics = callback.last | share
     if heldout:
         batch_size = section.micro_batch_size or section.batch_size
         loss = heldout_loss(cast(PreTrainedModel, model), heldout, pad_id(tokenizer), batch_size)
@@ -109,25 +119,28 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id
 
 
-def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
-    """Put the recipe's LoRA adapter on ``model``: float32, and all that is trained.
+def add_adapter(model: PreTrainedModel, recipe: Recipe) -> Trained:
+    """Prepare ``model`` for the recipe's adapter method: what it trains is float32.
 
     Raises:
+        InputError: the model has nothing that the method trains.
         TrainingError: something else would be trained, or in another precision.
     """
-    config = lora_config(recipe.adapter, "CAUSAL_LM", model)
+    config = adapter_config(recipe.adapter, "CAUSAL_LM", model)
     torch.manual_seed(derive_seed(recipe.seed, "sft", "adapter"))
-    adapted = cast(PeftModel, get_peft_model(model, config))
-    check_trained(adapted)
+    adapted: Trained = (
+        model.requires_grad_(True) if config is None else get_peft_model(model, config)
+    )
+    check_trained(adapted, recipe.adapter.method)
     if recipe.base.gradient_checkpointing:
-        recompute_activations(cast(PreTrainedModel, adapted.get_base_model()))
+        recompute_activations(model)
     return adapted
 
 
 def make_trainer(
     job: StageJob,
     section: Sft,
-    model: PeftModel,
+    model: Trained,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Tokens],
 ) -> SFTTrainer:
@@ -168,7 +181,7 @@ def make_trainer(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    check_trained(model)
+    check_trained(model, job.recipe.adapter.method)
     kept = cast(Dataset, trainer.train_dataset)
     count = sum(len(pack) for pack in kept["seq_lengths"]) if section.packing else len(kept)
     learned = sum(label != IGNORED for labels in kept["labels"] for label in labels)
@@ -182,14 +195,14 @@ def make_trainer(
 
 
 def check_reload(
-    recipe: Recipe, location: str, folder: Path, model: PeftModel, rows: Sequence[Tokens]
+    recipe: Recipe, location: str, folder: Path, model: Trained, rows: Sequence[Tokens]
 ) -> None:
-    """Load the saved adapter on a fresh base and compare its logits with the trained model's.
+    """Load what was saved, an adapter on a fresh base, and compare logits with the trained model's.
 
     Raises:
         TrainingError: they differ.
     """
-    fresh = PeftModel.from_pretrained(load_causal_lm(recipe, location), folder)
+    fresh = load_trained(recipe, location, folder)
     batch = collate_demonstrations(list(rows), pad_id=0)
     del batch["labels"]
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -216,7 +229,7 @@ def _rows(job: StageJob, renderer: Renderer) -> tuple[list[Tokens], list[Tokens]
     return train, heldout, dropped + heldout_dropped
 
 
-def _sample(job: StageJob, model: PeftModel, renderer: Renderer, step: int) -> dict[str, float]:
+def _sample(job: StageJob, model: Trained, renderer: Renderer, step: int) -> dict[str, float]:
     """Answer held-out prompts (training prompts if there are none) as a user would see it."""
     section, data = job.recipe.sft, job.data["sft"]
     assert section is not None

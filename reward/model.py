@@ -5,7 +5,8 @@ looks for the last id that is not the pad id instead: with an end-of-turn id tha
 or with an adapter whose base knows no pad id, it reads another token and says nothing.
 
 What is saved is what PEFT writes for a SEQ_CLS adapter (``adapter_model.safetensors`` with the head
-in it) and ``score.json`` with the shift and scale that turn raw scores into the model's scores.
+in it), or transformers for a whole sequence classifier, and ``score.json`` with the shift and scale
+that turn raw scores into the model's scores.
 """
 
 import json
@@ -16,23 +17,28 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from align.adapters import WEIGHTS, lora_config, save_adapter
+from align.adapter_methods import adapter_config
+from align.adapters import WEIGHTS, is_adapter, save_trained, share_config, trained_method
 from align.errors import AlignError, ParentError
-from align.recipe import Adapter
+from align.recipe_adapter import Adapter
 from align.sequences import position_ids
 
 SCORE_FILE = "score.json"
 HEAD_KEY = "base_model.model.score.weight"
-
-
-# The only tensors of an adapter file that belong to the adapter itself.
-LORA = ".lora_"
+# The head of an adapter that wraps the model, of a prefix, and of a whole model.
+_HEAD_KEYS = (HEAD_KEY, "base_model.score.weight", "score.weight")
 
 
 class RewardModelError(AlignError):
@@ -105,7 +111,7 @@ def load_score_head(folder: str | Path) -> ScoreHead:
             never initialised anew: its scores would look plausible and mean nothing.
     """
     folder = Path(folder)
-    weight = _head_weight(folder / WEIGHTS)
+    weight = _head_weight(folder)
     shift, scale = read_calibration(folder)
     head = ScoreHead(weight.shape[1])
     with torch.no_grad():
@@ -115,17 +121,25 @@ def load_score_head(folder: str | Path) -> ScoreHead:
     return head
 
 
-def _head_weight(path: Path) -> Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            if HEAD_KEY not in file.keys():  # noqa: SIM118, safe_open is no dict
-                raise RewardModelError(
-                    f"{path}: no tensor {HEAD_KEY}: the score head was not saved here;"
-                    " run the reward stage again"
-                )
-            weight: Tensor = file.get_tensor(HEAD_KEY)
-    except (OSError, SafetensorError) as error:
-        raise RewardModelError(f"{path}: cannot be read: {error}; run the reward stage") from None
+def _head_weight(folder: Path) -> Tensor:
+    # A large whole model comes in several files.
+    files = [] if is_adapter(folder) else sorted(folder.glob("*.safetensors"))
+    found: list[Tensor] = []
+    for path in files or [folder / WEIGHTS]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = set(file.keys())
+                found += [file.get_tensor(name) for name in _HEAD_KEYS if name in names]
+        except (OSError, SafetensorError) as error:
+            raise RewardModelError(
+                f"{path}: cannot be read: {error}; run the reward stage"
+            ) from None
+    if not found:
+        raise RewardModelError(
+            f"{path}: no tensor {HEAD_KEY}: the score head was not saved here;"
+            " run the reward stage again"
+        )
+    weight = found[0]
     if weight.ndim != 2 or weight.shape[0] != 1 or weight.dtype != torch.float32:
         raise RewardModelError(
             f"{path}: {HEAD_KEY} is {tuple(weight.shape)} {weight.dtype};"
@@ -158,9 +172,9 @@ def read_calibration(folder: str | Path) -> tuple[float, float]:
 
 
 class RewardModel(nn.Module):
-    """A sequence classifier with a LoRA adapter, scored at the last real token in float32."""
+    """A sequence classifier, mostly with an adapter, scored at the last real token in float32."""
 
-    def __init__(self, classifier: PeftModel, head: ScoreHead) -> None:
+    def __init__(self, classifier: PeftModel | PreTrainedModel, head: ScoreHead) -> None:
         super().__init__()
         self.classifier = classifier
         self.head = head
@@ -168,8 +182,7 @@ class RewardModel(nn.Module):
     @property
     def backbone(self) -> PreTrainedModel:
         """What gives the hidden states, with the adapter in it."""
-        classifier: Any = self.classifier.get_base_model()
-        return cast(PreTrainedModel, classifier.base_model)
+        return cast(PreTrainedModel, _bare(self.classifier).base_model)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Score rows of prompt and response.
@@ -181,24 +194,31 @@ class RewardModel(nn.Module):
         Returns:
             ``[B]`` float32.
         """
+        seen, positions = attention_mask.long(), position_ids(attention_mask)
+        prefix: dict[str, Any] = {}
+        if isinstance(self.classifier, PeftModel) and _is_prefix(self.classifier):
+            count = self.classifier.active_peft_config.num_virtual_tokens
+            prefix = {"past_key_values": self.classifier.get_prompt(len(seen))}
+            seen, positions = F.pad(seen, (count, 0), value=1), positions + count
         hidden = self.backbone(
             input_ids=input_ids,
-            attention_mask=attention_mask.long(),
-            position_ids=position_ids(attention_mask),
+            attention_mask=seen,
+            position_ids=positions,
             use_cache=False,
             return_dict=True,
+            **prefix,
         ).last_hidden_state
         scores: Tensor = self.head(last_hidden(hidden, attention_mask))
         return scores
 
     def save(self, folder: Path, base: str, revision: str | None) -> None:
-        """Write the adapter with its head, and ``score.json``, into a fresh folder.
+        """Write adapter and head, or the whole model, and ``score.json``, into a fresh folder.
 
         Args:
             base: where the base was loaded from; see ``align.adapters.save_adapter``.
             revision: of the base, likewise.
         """
-        save_adapter(self.classifier, folder, base=base, revision=revision)
+        save_trained(self.classifier, folder, base=base, revision=revision)
         write_calibration(folder, self.head.shift.item(), self.head.scale.item())
 
 
@@ -208,45 +228,62 @@ def new_reward_model(
     """Start a reward model from the SFT model: its base, its adapter, and a random score head.
 
     Args:
-        causal_lm: the base; its backbone is used as it is, without a copy.
+        causal_lm: the base, or the whole SFT model if that is one; its backbone is used as it is,
+            without a copy.
         adapter: the recipe's section; has to fit what the SFT stage trained.
-        sft_folder: holds the SFT adapter; the backbone's parameter names are the same in a causal
-            language model and in a sequence classifier, so its tensors fit as they are.
+        sft_folder: holds the SFT model; the backbone's parameter names are the same in a causal
+            language model and in a sequence classifier, so an adapter's tensors fit as they are.
+            What is trained of its output embeddings has no place here.
         seed: of the head's first weight; nothing else is random here.
 
     Raises:
-        ParentError: the SFT adapter does not fit this base or this adapter section.
+        InputError: the base has nothing that the adapter method trains.
+        ParentError: the SFT model does not fit this base or this adapter section.
     """
+    method = trained_method(sft_folder)
+    if method != adapter.method:
+        raise ParentError(
+            f"{sft_folder}: was trained with adapter.method={method}, the recipe has"
+            f" {adapter.method}; use the same in all stages"
+        )
     classifier = _classifier(causal_lm)
     with torch.no_grad():
         classifier.score.weight.copy_(new_score_weight(classifier.score.in_features, seed))
-    config = lora_config(adapter, "SEQ_CLS", classifier)
-    alpha = LoraConfig.from_pretrained(str(sft_folder)).lora_alpha
-    if alpha != config.lora_alpha:
-        raise ParentError(
-            f"{sft_folder}: was trained with adapter.alpha={alpha}, the recipe has"
-            f" {config.lora_alpha}; its tensors mean something else under another alpha"
-        )
-    model = RewardModel(*_with_head(PeftModel(classifier, config)))
-    _start_from(model.classifier, sft_folder)
-    return model
+    config = adapter_config(adapter, "SEQ_CLS", classifier)
+    if config is None:
+        return RewardModel(*_with_head(classifier.requires_grad_(True)))
+    if isinstance(config, LoraConfig):
+        _check_scaling(config, sft_folder)
+    adapted = PeftModel(classifier, config)
+    _start_from(adapted, sft_folder)
+    return RewardModel(*_with_head(adapted))
 
 
-def load_reward_model(causal_lm: PreTrainedModel, folder: str | Path) -> RewardModel:
+def load_reward_model(causal_lm: PreTrainedModel | None, folder: str | Path) -> RewardModel:
     """Load a saved reward model, frozen and in evaluation mode.
 
     Args:
-        causal_lm: the base that it was trained on; its backbone is used without a copy.
+        causal_lm: the base that it was trained on; its backbone is used without a copy. None for a
+            whole model.
 
     Raises:
         RewardModelError: the folder is incomplete.
         ParentError: the adapter does not fit the base.
     """
+    folder = Path(folder)
     head = load_score_head(folder)
-    config = LoraConfig.from_pretrained(str(folder))
-    config.inference_mode = True
-    classifier, live = _with_head(PeftModel(_classifier(causal_lm), config))
-    _start_from(classifier, Path(folder))
+    classifier: PeftModel | PreTrainedModel
+    if causal_lm is None:
+        classifier = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True
+        )
+    else:
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        classifier = PeftModel(_classifier(causal_lm), config)
+        share_config(classifier)
+        _start_from(classifier, folder)
+    classifier, live = _with_head(classifier)
     if live.weight.shape != head.weight.shape:
         raise ParentError(
             f"{folder}: its score head has {head.weight.shape[1]} inputs; the base gives"
@@ -268,25 +305,51 @@ def _classifier(causal_lm: PreTrainedModel) -> Any:
     return classifier.to(causal_lm.device).requires_grad_(False).eval()
 
 
-def _with_head(classifier: PeftModel) -> tuple[PeftModel, ScoreHead]:
-    """Return the classifier and a head that shares its weight with the one that PEFT saves."""
-    base: Any = classifier.get_base_model()
-    saved = base.score.modules_to_save["default"]
+def _bare(classifier: PeftModel | PreTrainedModel) -> Any:
+    """Return the classifier itself, with the adapter that is in it."""
+    return classifier.get_base_model() if isinstance(classifier, PeftModel) else classifier
+
+
+def _is_prefix(classifier: PeftModel) -> bool:
+    return bool(classifier.active_peft_config.is_prompt_learning)
+
+
+def _with_head(
+    classifier: PeftModel | PreTrainedModel,
+) -> tuple[PeftModel | PreTrainedModel, ScoreHead]:
+    """Return the classifier and a head that shares its weight with the one that is saved."""
+    saved = _bare(classifier).score
+    if isinstance(classifier, PeftModel):
+        saved = saved.modules_to_save["default"]
     head = ScoreHead(saved.in_features).to(saved.weight.device)
     head.weight = saved.weight
     return classifier, head
 
 
+def _check_scaling(config: LoraConfig, folder: Path) -> None:
+    """Refuse a LoRA whose tensors mean something else under the recipe's scaling."""
+    trained = LoraConfig.from_pretrained(str(folder))
+    for key, name in (("lora_alpha", "alpha"), ("use_rslora", "rslora")):
+        theirs, ours = getattr(trained, key), getattr(config, key)
+        if theirs != ours:
+            raise ParentError(
+                f"{folder}: was trained with adapter.{name}={theirs}, the recipe has {ours}; its"
+                f" tensors mean something else under another {name}"
+            )
+
+
 def _start_from(classifier: PeftModel, folder: Path) -> None:
-    """Copy a folder's LoRA tensors, all of them, onto the classifier's."""
+    """Copy a folder's tensors of the backbone, all of them, onto the classifier's."""
     path = folder / WEIGHTS
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ParentError(f"{path}: cannot be read: {error}") from None
-    tensors = {name: value for name, value in tensors.items() if LORA in name}
+    body = f"base_model.model.{_bare(classifier).base_model_prefix}."
+    of_body = (body, "prompt_embeddings")
+    tensors = {name: value for name, value in tensors.items() if name.startswith(of_body)}
     ours = get_peft_model_state_dict(classifier, save_embedding_layers=False)
-    expected = {name: value.shape for name, value in ours.items() if LORA in name}
+    expected = {name: value.shape for name, value in ours.items() if name.startswith(of_body)}
     found = {name: value.shape for name, value in tensors.items()}
     if found != expected:
         name = min(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))

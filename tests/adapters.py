@@ -6,8 +6,8 @@ import torch
 from peft import get_peft_model
 from transformers import PreTrainedModel
 
-from align.adapters import lora_config
-from align.recipe import Adapter
+from align.adapter_methods import lora_config
+from align.recipe_adapter import Adapter
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:

@@ -17,7 +17,8 @@ from transformers import (
 import align
 from align.manifest import FILE, BaseFacts, Manifest, sha256_outputs, write_manifest
 from align.models import base_facts
-from align.recipe import Adapter, StageName
+from align.recipe import StageName
+from align.recipe_adapter import Adapter
 from data.tokenizer import end_ids, template_sha256, tokenizer_sha256
 from reward.model import new_reward_model
 from tests.adapters import randomise, sft_adapter

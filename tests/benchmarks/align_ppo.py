@@ -40,11 +40,12 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerBase,
 )
 
-from align.adapters import lora_config, save_adapter  # noqa: E402
+from align.adapter_methods import lora_config  # noqa: E402
+from align.adapters import save_adapter  # noqa: E402
 from align.engine import Engine  # noqa: E402
 from align.functions import Chat  # noqa: E402
 from align.manifest import BaseFacts  # noqa: E402
-from align.recipe import Adapter  # noqa: E402
+from align.recipe_adapter import Adapter  # noqa: E402
 from align.recipe_ppo import Ppo  # noqa: E402
 from align.roles import Roles  # noqa: E402
 from align.sequences import Sequences  # noqa: E402

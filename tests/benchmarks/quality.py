@@ -23,7 +23,8 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from align.models import base_location, load_causal_lm
-from align.recipe import Adapter, Recipe
+from align.recipe import Recipe
+from align.recipe_adapter import Adapter
 from align.recipe_io import load_recipe
 from align.recipe_ppo import Ppo
 from data.judge import gold

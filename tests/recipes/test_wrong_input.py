@@ -85,7 +85,7 @@ def test_the_good_recipe_is_good(tmp_path: Path) -> None:
         (["run", "r.yaml", "sft.lr=big"], "error: sft.lr=big: found 'big' (text); allowed: a num"),
         (["run", "r.yaml", "sft.lr"], "error: sft.lr: not an override; allowed: section.key=value"),
         (["run", "r.yaml", "sft=null"], "error: r.yaml: has no section of a stage"),
-        (["run", "r.yaml", "adapter.method=prefix"], "planned but not built yet"),
+        (["run", "r.yaml", "adapter.method=top_layers"], "adapter.top_layers: how many layers are"),
         (["ppo", "r.yaml"], "error: r.yaml: makes no ppo stage; its stages: sft"),
         (["eval", "folder"], "error: folder: not a run directory: recipe.yaml is missing"),
         (["verify", "folder"], "error: folder: not a run directory"),

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from align.adapters import WEIGHTS
 from align.errors import TrainingError
-from align.recipe import Adapter, TokenizerSection
+from align.recipe import TokenizerSection
+from align.recipe_adapter import Adapter
 from align.recipe_io import load_recipe
 from data.records import Message, Ranking
 from data.render import Renderer, Unusable

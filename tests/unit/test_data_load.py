@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from align.errors import DataError
-from align.recipe import Adapter, Base, Data, Recipe
+from align.recipe import Base, Data, Recipe
+from align.recipe_adapter import Adapter
 from data.load import duplicates, load_records, shared_prompts
 from data.records import Demonstration, Message, Prompt, Ranking, Text
 

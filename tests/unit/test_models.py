@@ -9,10 +9,12 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from align.adapters import linear_names, lora_config, save_adapter
+from align.adapter_methods import linear_names, lora_config
+from align.adapters import save_adapter
 from align.errors import InputError
 from align.models import base_facts, load_causal_lm, new_llama
-from align.recipe import Adapter, Recipe, SmallLlama
+from align.recipe import Recipe, SmallLlama
+from align.recipe_adapter import Adapter
 from tests import tiny
 
 LLAMA_LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]

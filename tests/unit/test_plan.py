@@ -20,7 +20,7 @@ from align.plan_memory import (
     zero_per_gpu,
 )
 from align.plan_model import Shape, linear_bytes, read_shape
-from align.recipe import Adapter
+from align.recipe_adapter import Adapter
 from align.recipe_io import load_recipe
 from launch.plan import read_memory
 

@@ -11,7 +11,8 @@ from align.plan import plan_recipe
 from align.plan_items import Kind, StagePlan
 from align.plan_memory import Compute, adam_bytes, kept_per_token
 from align.plan_model import linear_bytes, read_shape
-from align.recipe import Adapter, Recipe
+from align.recipe import Recipe
+from align.recipe_adapter import Adapter
 from align.recipe_ppo import Ppo
 from align.roles import Roles, merged
 from align.sequences import join

@@ -12,12 +12,13 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from align.adapters import check_trained, lora_config
+from align.adapter_methods import check_trained, lora_config
 from align.errors import InputError, ParentError, TrainingError
 from align.manifest import BaseFacts, check_same_origin, find_manifest
 from align.models import load_causal_lm, recipe_base_facts
 from align.quantization import compute_dtype
-from align.recipe import Adapter, Base, Recipe
+from align.recipe import Base, Recipe
+from align.recipe_adapter import Adapter
 from align.roles import Roles
 from align.sequences import join
 from reward.model import load_reward_model, new_reward_model
@@ -182,7 +183,7 @@ def test_an_evaluation_pass_repacks_nothing_and_costs_no_gradient(folder, monkey
     assert [layer.support_avx512bf16_for_cpu for layer in body(model)] == [False] * 14
     torch.manual_seed(0)
     model = get_peft_model(model, lora_config(Adapter(r=4), "CAUSAL_LM", model))
-    check_trained(model)
+    check_trained(model, "lora")
     model.train()
     before = gradients(model)
     model.eval()
@@ -242,7 +243,7 @@ def test_the_score_head_on_a_quantised_base_is_whole_and_trained(folder, tmp_pat
     there = stored(folder, tmp_path / "nf4") if before else folder
     sft = sft_adapter(llama(), tmp_path / "sft")
     reward = new_reward_model(load(there), Adapter(r=4, alpha=8.0), sft, seed=1)
-    check_trained(reward.classifier)
+    check_trained(reward.classifier, "lora")
     score = reward.classifier.get_base_model().score.modules_to_save["default"]
     assert type(score) is nn.Linear
     assert score.weight.dtype == torch.float32
@@ -256,7 +257,7 @@ def test_the_score_head_on_a_quantised_base_is_whole_and_trained(folder, tmp_pat
 
 def test_what_is_trained_is_checked(folder):
     model = get_peft_model(load(folder), lora_config(Adapter(r=4), "CAUSAL_LM", llama()))
-    check_trained(model)
+    check_trained(model, "lora")
     name, parameter = next((n, p) for n, p in model.named_parameters() if "lora_A" in n)
     for spoil in (
         lambda: parameter.requires_grad_(False),
@@ -264,12 +265,12 @@ def test_what_is_trained_is_checked(folder):
     ):
         spoil()
         with pytest.raises(TrainingError, match=name.replace(".", r"\.")):
-            check_trained(model)
+            check_trained(model, "lora")
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     model.get_base_model().lm_head.weight.requires_grad_(True)
     with pytest.raises(TrainingError, match="lm_head"):
-        check_trained(model)
+        check_trained(model, "lora")
 
 
 def test_without_bitsandbytes_the_message_says_what_to_install(folder, monkeypatch):

@@ -50,7 +50,6 @@ def refused(*overrides: str) -> list[str]:
         (["ppo.reward=[{model: a, std_penalty: 1.0}]"], "needs an ensemble"),
         (["ppo.reward=[{modle: a}]"], "ppo.reward.0.modle=a: unknown key; did you mean"),
         (["ppo.reward=[]"], "found an empty list; allowed: model, or a Python function as"),
-        (["adapter.method=prefix"], "adapter.method=prefix: "),
         (
             ["ppo.layout=separate", "base.quantization=nf4"],
             "ppo.layout=separate: trains all weights, and those in nf4 have no gradient; allowed",

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from align.adapters import WEIGHTS
 from align.errors import ParentError
-from align.recipe import Adapter
+from align.recipe_adapter import Adapter
 from reward.calibrate import center_on
 from reward.model import (
     HEAD_KEY,
