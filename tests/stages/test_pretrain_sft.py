@@ -493,11 +493,11 @@ class TestRefusals:
         assert not (copy / "runs/tiny/pretrain/model").exists()
 
     def test_adapter_that_reloads_otherwise_is_not_finished(self, copy, capsys, monkeypatch):
-        def save_wrong(model, folder, *, base):
+        def save_wrong(model, folder, *, base, revision):
             model.base_model.model.model.layers[0].self_attn.q_proj.lora_B[
                 "default"
             ].weight.data += 1
-            save(model, folder, base=base)
+            save(model, folder, base=base, revision=revision)
             model.base_model.model.model.layers[0].self_attn.q_proj.lora_B[
                 "default"
             ].weight.data -= 1

