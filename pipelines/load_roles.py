@@ -11,6 +11,7 @@ from align.adapters import is_adapter
 from align.attention import why_not_packed
 from align.generation import Engine
 from align.manifest import BaseFacts
+from align.merging import merged
 from align.models import (
     base_config,
     base_location,
@@ -19,7 +20,7 @@ from align.models import (
     load_causal_lm,
     recipe_base_facts,
 )
-from align.roles import Role, Roles, merged
+from align.roles import Role, Roles
 from data.render import Renderer
 from data.tokenizer import end_ids
 from pipelines.stage import StageJob
