@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from align.manifest import find_manifest, sha256_file
+from align.manifest import find_manifest, sha256_file, sha256_outputs
 from align.models import load_causal_lm, recipe_base_facts
 from align.recipe import TokenizerSection
 from align.recipe_io import load_recipe
@@ -64,7 +64,7 @@ for key, (kind, folder) in folders.items():
     found[key] = {
         "alone": [model(torch.tensor([row])).logits[0].float().flatten().tolist() for row in rows],
         "batch": model(**batch).logits.float().tolist(),
-        "dtype": str(model.dtype), "class": type(model).__name__, "labels": model.num_labels,
+        "dtype": str(model.dtype), "class": type(model).__name__, "labels": model.config.num_labels,
         "padding": tokenizer.padding_side, "template": tokenizer.chat_template,
         "stops": getattr(generation, "eos_token_id", None),
         "pad": [model.config.pad_token_id, tokenizer.pad_token_id],
@@ -386,6 +386,8 @@ def test_wrong_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         outputs = manifest["outputs"] | {"model/adapter_config.json": sha256_file(config)}
         edit_manifest(run / "sft", outputs=outputs)
         assert "its adapter is no LoRA, or trains more than that" in refused("sft")
+    config.write_text(json.dumps(lora))
+    edit_manifest(run / "sft", outputs=sha256_outputs(run / "sft", ("model",)))
     # A base that has changed since.
     tiny.llama(seed=9).save_pretrained(tmp_path / "base")
     assert "the recipe's base (" in refused("ppo")
