@@ -97,7 +97,7 @@ def prepare(options: argparse.Namespace) -> Export:
     key = "score/mean" if stage == "reward" else "kl/mean"
     limit = LIMITS[key] if options.max_drift is None else options.max_drift
     # A score in bfloat16 moves in steps of 1/128 near 1.
-    dtype = options.dtype or ("float32" if stage == "reward" else "bfloat16")
+    dtype: Dtype = options.dtype or ("float32" if stage == "reward" else "bfloat16")
     model = directory / _MODELS[stage]
     return Export(job, manifest, model, options.out, dtype, (key, limit), source, texts)
 
@@ -185,7 +185,7 @@ def _check_drift(request: Export, drift: dict[str, float]) -> None:
 def _facts(request: Export, written: "Written", folder: Path) -> dict[str, Any]:
     """Return what ``export.json`` says."""
     manifest, (key, limit) = request.manifest, request.limit
-    facts = {
+    facts: dict[str, Any] = {
         "stage": request.job.stage,
         "name": manifest.name,
         "dtype": request.dtype,

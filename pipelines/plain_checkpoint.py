@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -147,12 +147,13 @@ def _save(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path, *, padding_side: str
 ) -> None:
     model.save_pretrained(target)
-    tokenizer.init_kwargs["padding_side"] = padding_side  # what is written of it
+    tokenizer.padding_side = padding_side
+    tokenizer.init_kwargs["padding_side"] = padding_side  # else it is not written
     tokenizer.save_pretrained(target)
 
 
 @torch.no_grad()
-def _states(roles: Roles, role: Role, sequences: Sequences) -> tuple[Tensor, nn.Module]:
+def _states(roles: Roles, role: Role, sequences: Sequences) -> tuple[Tensor, Any]:
     """Return the states before the response tokens, ``[N, H]``, and what makes logits of them."""
     states = [roles.hidden(role, part)[part.before_response] for part in _parts(sequences)]
     head: Any = roles.model(role).get_output_embeddings()
@@ -161,7 +162,7 @@ def _states(roles: Roles, role: Role, sequences: Sequences) -> tuple[Tensor, nn.
 
 @torch.no_grad()
 def _logits(
-    ours: tuple[Tensor, nn.Module], theirs: tuple[Tensor, nn.Module]
+    ours: tuple[Tensor, Any], theirs: tuple[Tensor, Any]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the logits of both, ``[n, V]``, some positions at a time: all would not fit."""
     for start in range(0, len(ours[0]), _POSITIONS_AT_ONCE):
