@@ -6,11 +6,12 @@ head stay as they are: PPO reads log-probabilities and scores off them.
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from align.errors import InputError, TrainingError
 from align.machine import has_bfloat16
@@ -136,6 +137,36 @@ def prepare_quantized(model: PreTrainedModel, base: Base, device: torch.device) 
             layer.support_avx512bf16_for_cpu = False
             layer.compute_dtype, layer.compute_type_is_set = compute_dtype(base, device), True
     _check_loaded(model, base, layers)
+
+
+def dequantize(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace the quantised layers by plain ones with the numbers that they stood for.
+
+    That is what adapters were fitted to, not the checkpoint that was quantised. ``model`` itself is
+    changed, layer by layer, and ends up on the CPU; one that is not quantised stays as it is.
+    """
+    layers = _quantized_layers(model)
+    if not layers:
+        return model
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # loads bitsandbytes
+
+    for name, layer in layers.items():
+        weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)).cpu()
+        outputs, inputs = weight.shape
+        transposed = layer.source_cls is Conv1D
+        with torch.device("meta"):
+            plain: Any = Conv1D(outputs, inputs) if transposed else nn.Linear(inputs, outputs)
+        plain.weight = nn.Parameter(weight.T.contiguous() if transposed else weight, False)
+        plain.bias = nn.Parameter(layer.bias.data.cpu(), False) if layer.bias is not None else None
+        model.set_submodule(name, plain)
+    quantizer: Any = model.hf_quantizer
+    quantizer.remove_quantization_config(model)
+    return cast(PreTrainedModel, model.to("cpu"))  # type: ignore[arg-type]
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Return whether any weight is stored in 4 or 8 bits."""
+    return bool(_quantized_layers(model))
 
 
 def _check_loaded(model: PreTrainedModel, base: Base, layers: dict[str, Any]) -> None:

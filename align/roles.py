@@ -80,7 +80,7 @@ class Roles(nn.Module):
         super().__init__()
         self.engine = engine
         self.base = base.eval().requires_grad_(False)
-        self.peft = _add_adapters(base, adapters)
+        self.peft = add_adapters(base, adapters)
         self.models = nn.ModuleDict(dict(models or {}))
         self.heads = nn.ModuleDict(dict(heads or {}))
         self._layers = [m for m in base.modules() if isinstance(m, BaseTunerLayer)]
@@ -332,7 +332,7 @@ def _run_padded(backbone: nn.Module, sequences: Sequences) -> Tensor:
     return states[mask]
 
 
-def _add_adapters(base: PreTrainedModel, adapters: Mapping[Role, Path]) -> PeftModel | None:
+def add_adapters(base: PreTrainedModel, adapters: Mapping[Role, Path]) -> PeftModel | None:
     """Put one adapter per role on the base, each with its folder's weights."""
     model: PeftModel | None = None
     for role, folder in adapters.items():
@@ -358,10 +358,3 @@ def _add_adapters(base: PreTrainedModel, adapters: Mapping[Role, Path]) -> PeftM
                 f" {result.unexpected_keys[:1]}"
             )
     return model
-
-
-def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Return the model with a folder's adapter added to its own weights; ``model`` is used up."""
-    peft = _add_adapters(model, {"merged": folder})
-    assert peft is not None
-    return cast(PreTrainedModel, peft.merge_and_unload())

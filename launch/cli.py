@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.models import ArgumentInfo
@@ -26,6 +26,7 @@ from launch import experiment as experiments
 from launch.experiment import ChildError, Experiment, Settings
 from launch.packages import check_packages
 from launch.processes import Stopped, catch_signals
+from launch.tables import by_model, print_table, readable
 from launch.verify import verify_run
 
 app = typer.Typer(
@@ -51,14 +52,16 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be sta
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
 
+Exported = Literal["sft", "reward", "ppo"]
+Dtype = Literal["float32", "bfloat16"]
+
 _STAGES: dict[StageName, str] = {
     "pretrain": "Make a small base model from plain text.",
     "sft": "Tune the base on demonstrations.",
     "reward": "Train the reward model on ranked responses.",
     "ppo": "Optimise the policy against the reward with PPO.",
 }
-_MODELS = ("base", "sft", "reward", "ppo")
-_PLANNED = ("data", "compare", "label", "chat", "export")
+_PLANNED = ("data", "compare", "label", "chat")
 
 
 def main() -> None:
@@ -127,11 +130,11 @@ def _evaluate(experiment: Experiment) -> None:
         _show_plan(experiment, experiments.one(experiment, "evaluate"))
         return
     experiments.run_stages(experiment, experiments.single(experiment, "evaluate"))
-    metrics = _by_model(experiment.results["evaluate"]["metrics"])
+    metrics = by_model(experiment.results["evaluate"]["metrics"])
     if settings.json:
         _print_json(metrics)
     else:
-        _print_table(metrics)
+        print_table(metrics)
 
 
 def _add_command(
@@ -202,6 +205,28 @@ def report(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
 
 
 @app.command()
+def export(
+    run: RunName,
+    stage: Annotated[Exported, typer.Option(help="Whose model.")] = "ppo",
+    out: Annotated[Path | None, typer.Option(help="Where to.  [default: RUN/export/STAGE]")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights.")] = None,
+    max_drift: Annotated[float | None, typer.Option(min=0, help="Refuse above it.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a stage's model, adapter merged, as a plain checkpoint that transformers loads alone.
+
+    The written model is compared with the adapter on its base and refused beyond --max-drift: the
+    mean KL in nats per token (default 0.01), or of a reward model the mean difference of scores
+    (0.1). Weights are bfloat16, a reward model's float32, unless --dtype says otherwise.
+    """
+    experiment = experiments.open_run(run, (), _settings(as_json, debug))
+    folder, facts = experiments.export(experiment, stage, out, dtype, max_drift)
+    if as_json:
+        _print_json({"export": str(folder)} | facts)
+
+
+@app.command()
 def verify(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
     """Check a run against its hashes; exit 1 if one differs."""
     folder = Path(run)
@@ -233,9 +258,9 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
         problems = facts.pop("problems")
         for name, value in facts.items():
             inner = value.items() if isinstance(value, dict) else ()
-            print(f"{name}" if inner else f"{name:14} {_readable(value)}")
+            print(f"{name}" if inner else f"{name:14} {readable(value)}")
             for key, part in inner:
-                print(f"  {key:16} {_readable(part)}")
+                print(f"  {key:16} {readable(part)}")
         for problem in problems:
             print(f"problem: {problem}")
         facts["problems"] = problems
@@ -333,24 +358,6 @@ def _summary(experiment: Experiment) -> dict[str, Any]:
     return {"run": str(experiment.directory), "stages": experiment.results}
 
 
-def _by_model(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Group ``{"ppo/kl/mean": 1.0}`` into ``{"ppo": {"kl/mean": 1.0}}``."""
-    result: dict[str, dict[str, float]] = {model: {} for model in _MODELS}
-    for key, value in metrics.items():
-        model, _, name = key.partition("/")
-        result.setdefault(model, {})[name] = value
-    return {model: values for model, values in result.items() if values}
-
-
-def _print_table(metrics: dict[str, dict[str, float]]) -> None:
-    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
-    width = max(map(len, names), default=0)
-    print(" " * width + "".join(f"{model:>12}" for model in metrics))
-    for name in names:
-        cells = (f"{v[name]:12.4g}" if name in v else " " * 12 for v in metrics.values())
-        print(f"{name:{width}}{''.join(cells)}".rstrip())
-
-
 def _print_json(value: Any) -> None:
     print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
 
@@ -362,12 +369,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, list):
-        return "; ".join(", ".join(map(str, part.values())) for part in value) or "none"
-    return "none" if value is None else str(value)
 
 
 def _first_comment(path: Path) -> str:

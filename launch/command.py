@@ -74,3 +74,24 @@ def stage_command(
 def report_command(python: Python, run: Path, *, debug: bool = False) -> Command:
     """Return the process that writes a run's report."""
     return python.module("pipelines.report", [str(run), *["--debug"] * debug])
+
+
+def export_command(
+    python: Python,
+    stage: StageName,
+    recipe: Path,
+    overrides: Sequence[str],
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_drift: float | None = None,
+    debug: bool = False,
+) -> Command:
+    """Return the process that exports one stage's model."""
+    options = ["--out", str(out)]
+    if dtype is not None:
+        options += ["--dtype", dtype]
+    if max_drift is not None:
+        options += ["--max-drift", str(max_drift)]
+    flags = ["--debug"] * debug
+    return python.module("pipelines.export", [stage, str(recipe), *overrides, *options, *flags])

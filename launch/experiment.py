@@ -29,10 +29,11 @@ from align.stages import (
     why_not_done,
 )
 from launch import processes
-from launch.command import Command, Python, report_command, stage_command
+from launch.command import Command, Python, export_command, report_command, stage_command
 from launch.packages import ROOT
 
 REPORT = "report.html"
+EXPORT = "export.json"
 
 
 class ChildError(AlignError):
@@ -229,6 +230,35 @@ def report_is_current(experiment: Experiment) -> bool:
     manifests = (stage_directory(experiment.recipe, stage) / MANIFEST for stage in STAGES)
     finished = [path.stat().st_mtime_ns for path in manifests if path.is_file()]
     return max(finished, default=0) <= report.stat().st_mtime_ns
+
+
+def export(
+    experiment: Experiment,
+    stage: StageName,
+    out: Path | None,
+    dtype: str | None,
+    max_drift: float | None,
+) -> tuple[Path, dict[str, Any]]:
+    """Export a finished stage's model; return its folder and what ``export.json`` there says.
+
+    Raises:
+        ChildError: it was refused or failed; nothing was written.
+    """
+    settings = experiment.settings
+    folder = out or experiment.directory / "export" / stage
+    command = export_command(
+        _python(),
+        stage,
+        experiment.file,
+        experiment.overrides,
+        folder,
+        dtype=dtype,
+        max_drift=max_drift,
+        debug=settings.debug,
+    )
+    _start(command, sys.stderr if settings.json else None)
+    facts: dict[str, Any] = json.loads((folder / EXPORT).read_text(encoding="utf-8"))
+    return folder, facts
 
 
 def plan(experiment: Experiment, stages: Sequence[StageName]) -> dict[StageName, dict[str, Any]]:

@@ -13,6 +13,7 @@ from align.base_check import check_base, own_logprobs, probe_texts
 from align.errors import ParentError
 from align.generation import Engine
 from align.manifest import BaseFacts
+from align.merging import merged
 from align.models import (
     base_config,
     base_location,
@@ -24,7 +25,7 @@ from align.models import (
 )
 from align.recipe import Recipe
 from align.recipe_adapter import Method
-from align.roles import Role, Roles, merged
+from align.roles import Role, Roles
 from data.records import Prompt, Record
 from data.render import Renderer, render_all
 from data.tokenizer import end_ids
@@ -152,9 +153,7 @@ def _own_model(
         is_reward = (folder / SCORE_FILE).is_file()
         model = (load_backbone if is_reward else _load_whole)(recipe, folder)
     elif method == "lora":
-        # In float32: what an adapter adds to a weight is less than bfloat16 can tell.
-        base: Any = load_causal_lm(recipe, location)
-        model = merged(base.float(), folder)
+        model = merged(load_causal_lm(recipe, location), folder)
     elif role.startswith("reward"):
         model = load_reward_model(load_causal_lm(recipe, location), folder).backbone
     else:

@@ -274,7 +274,7 @@ def _write_manifest(job: StageJob, result: StageResult, inputs_sha256: str, star
         recipe_sha256=stages.recipe_sha256(job.recipe, job.stage),
         inputs_sha256=inputs_sha256,
         code_version=align.__version__,
-        versions=_versions(job.recipe),
+        versions=library_versions(job.recipe),
         base=result.base,
         tokenizer_sha256=tokenizer_sha256(result.tokenizer),
         template_sha256=template_sha256(result.tokenizer),
@@ -291,7 +291,8 @@ def _write_manifest(job: StageJob, result: StageResult, inputs_sha256: str, star
     manifests.write_manifest(job.directory, manifest)
 
 
-def _versions(recipe: Recipe) -> dict[str, str]:
+def library_versions(recipe: Recipe) -> dict[str, str]:
+    """Return the versions of Python and of the libraries that the recipe's stages run on."""
     names = _LIBRARIES
     if recipe.base.quantization != "none":
         names += ("bitsandbytes",)

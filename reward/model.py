@@ -293,6 +293,27 @@ def load_reward_model(causal_lm: PreTrainedModel | None, folder: str | Path) -> 
     return RewardModel(classifier, live).requires_grad_(False).eval()
 
 
+def plain_classifier(
+    causal_lm: PreTrainedModel, head: ScoreHead, pad_id: int
+) -> tuple[PreTrainedModel, float]:
+    """Return a reward model as transformers' own sequence classifier, and its logits' offset.
+
+        score = logit - offset          offset = shift / scale
+
+    The head's scale goes into its weight; for the shift, the heads of transformers have no bias.
+
+    Args:
+        causal_lm: the base with the reward model's adapter in its weights; used up.
+        pad_id: transformers reads the score at the last id that is not this one.
+    """
+    classifier = _classifier(causal_lm)
+    with torch.no_grad():
+        classifier.score.weight.copy_(head.weight / head.scale)
+    classifier.config.pad_token_id = pad_id
+    classifier.config.problem_type = "regression"
+    return classifier, (head.shift / head.scale).item()
+
+
 def _classifier(causal_lm: PreTrainedModel) -> Any:
     """Return a sequence classifier around the model's own backbone, with an empty fp32 head."""
     config = causal_lm.config

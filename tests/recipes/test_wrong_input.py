@@ -96,7 +96,7 @@ def test_the_good_recipe_is_good(tmp_path: Path) -> None:
         (["recipes", "show", "none"], "error: none: no such file and no shipped recipe"),
         (["recipes", "copy", "miniature", "no/r.yaml"], "error: no/r.yaml: there is no folder no"),
         (["recipes", "copy", "miniature", "r.yaml"], "error: r.yaml: exists already"),
-        (["export", "runs/r", "--to", "x"], "error: align export is planned but not built"),
+        (["compare", "runs/r", "--to", "x"], "error: align compare is planned but not built"),
         (["train"], "No such command 'train'"),
         (["run", "r.yaml", "--fast"], "No such option: --fast"),
     ],

@@ -49,6 +49,21 @@ print(json.dumps(out[0, ids["input_ids"].shape[1]:].tolist()))
 """
 
 
+# The same by transformers alone, of an exported policy.
+ANSWER_PLAIN = """
+import json, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("export/ppo")
+tokenizer = AutoTokenizer.from_pretrained("export/ppo")
+chat = [{"role": "user", "content": "Who has the red kite?"}]
+ids = tokenizer.apply_chat_template(
+    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+out = model.generate(**ids, do_sample=False, max_new_tokens=8)
+print(json.dumps(out[0, ids["input_ids"].shape[1]:].tolist()))
+"""
+
+
 def python(*arguments: str, cwd: Path, code: int = 0, **changes: str) -> str:
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | changes
     result = subprocess.run(
@@ -126,3 +141,18 @@ def test_what_was_made_on_a_quantised_base_is_refused_on_the_whole_one(run: Path
     errors = python("-m", "launch", "ppo", RECIPE, *WHOLE, cwd=run.parent.parent, code=2)
     assert "base quantization (none) is not the one that" in errors
     assert "(nf4+double)" in errors
+
+
+def test_the_policy_is_exported_onto_the_dequantised_base(run: Path) -> None:
+    place, options = run.parent.parent, ("--dtype", "float32", "--json")
+    output = python("-m", "launch", "export", str(run), *options, cwd=place)
+    facts = json.loads(output)
+    assert facts["export"] == str(run / "export" / "ppo")
+    assert facts["drift"]["kl/max"] < 1e-6
+    assert facts["base"]["quantization"] == "nf4"
+    assert [parent["stage"] for parent in facts["parents"]] == ["ppo", "pretrain", "sft", "reward"]
+    bare = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
+    with_adapter = python("-c", ANSWER, cwd=run / "ppo/policy", **bare)
+    assert json.loads(python("-c", ANSWER_PLAIN, cwd=run, **bare)) == json.loads(with_adapter)
+    python("-m", "launch", "export", str(run), cwd=place, code=2)  # it is there already
+    python("-m", "launch", "verify", str(run), cwd=place)

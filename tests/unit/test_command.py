@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch.command import KEEP_MEMORY, Python, report_command, stage_command
+from launch.command import KEEP_MEMORY, Python, export_command, report_command, stage_command
 
 HOUSE = Python("/env/bin/python", Path("/house"), {})
 
@@ -31,6 +31,17 @@ def test_stage_command() -> None:
 
 def test_report_command() -> None:
     assert report_command(HOUSE, Path("runs/x")).argv[1:] == ("-m", "pipelines.report", "runs/x")
+
+
+def test_export_command() -> None:
+    recipe, out = Path("runs/x/recipe.yaml"), Path("runs/x/export/ppo")
+    command = export_command(HOUSE, "ppo", recipe, ["name=y"], out)
+    words = ["-m", "pipelines.export", "ppo", "runs/x/recipe.yaml", "name=y", "--out", str(out)]
+    assert list(command.argv[1:]) == words
+    options = {"dtype": "float32", "max_drift": 1e-05, "debug": True}
+    command = export_command(HOUSE, "ppo", recipe, ["name=y"], out, **options)
+    added = ["--dtype", "float32", "--max-drift", "1e-05", "--debug"]
+    assert list(command.argv[1:]) == words + added
 
 
 def test_our_packages_come_before_an_inherited_path() -> None:

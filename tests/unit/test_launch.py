@@ -71,6 +71,18 @@ print("noise on standard output")
 (Path(sys.argv[1]) / "report.html").write_text("<html>")
 """
 
+EXPORT = """
+import json, os, sys
+from pathlib import Path
+print("noise on standard output")
+if "FAIL" in os.environ:
+    print("error: the exported model is not the trained one", file=sys.stderr)
+    sys.exit(1)
+folder = Path(sys.argv[sys.argv.index("--out") + 1])
+folder.mkdir(parents=True)
+(folder / "export.json").write_text(json.dumps({"argv": sys.argv[1:], "drift": {"kl/mean": 0.1}}))
+"""
+
 RECIPE = """
 name: x
 base: {id: some/model}
@@ -101,6 +113,7 @@ def place(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "pipelines" / "process.py", package)
     (package / "stage.py").write_text(STAGE)
     (package / "report.py").write_text(REPORT)
+    (package / "export.py").write_text(EXPORT)
     (tmp_path / "r.yaml").write_text(RECIPE)
     return tmp_path
 
@@ -337,6 +350,37 @@ def test_report_prints_where_it_lies(place: Path) -> None:
     assert align(place, "report", "runs/x")[0].splitlines()[-1] == "runs/x/report.html"
     output, _ = align(place, "report", "r.yaml", "--json")
     assert json.loads(output) == {"report": "runs/x/report.html"}
+
+
+def test_export_of_a_run_wherever_it_lies(place: Path) -> None:
+    align(place, "run", "r.yaml")
+    (place / "runs" / "x").rename(place / "moved")
+    output, errors = align(place, "export", "moved", "--json")
+    facts = json.loads(output)
+    assert facts == {
+        "export": "moved/export/ppo",
+        "argv": [
+            *("ppo", "moved/recipe.yaml", 'run.root="."', 'name="moved"'),
+            *("--out", "moved/export/ppo"),
+        ],
+        "drift": {"kl/mean": 0.1},
+    }
+    assert errors == "noise on standard output\n"
+    options = ["--stage", "reward", "--out", "here", "--dtype", "float32", "--max-drift", "0.5"]
+    output, _ = align(place, "export", "moved", *options)
+    assert output == "noise on standard output\n"
+    argv = json.loads((place / "here" / "export.json").read_text())["argv"]
+    assert (argv[0], argv[-6:]) == ("reward", ["--out", "here", *options[4:]])
+
+
+def test_a_refused_export_ends_with_its_exit_code(place: Path) -> None:
+    align(place, "run", "r.yaml")
+    output, errors = align(place, "export", "runs/x", "--json", code=1, FAIL="1")
+    assert output == ""
+    assert errors.endswith("error: the exported model is not the trained one\n")
+    for wrong in (["none"], ["runs/x", "--stage", "pretrain"], ["runs/x", "--max-drift", "-1"]):
+        output, errors = align(place, "export", *wrong, code=2)
+        assert (output, "noise" in errors) == ("", False)
 
 
 @pytest.mark.parametrize("group", [False, True])

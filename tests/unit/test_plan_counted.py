@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from align import logprobs, plan_memory
 from align.engine import Engine
+from align.merging import merged
 from align.plan import plan_recipe
 from align.plan_items import Kind, StagePlan
 from align.plan_memory import Compute, adam_bytes, kept_per_token
@@ -14,7 +15,7 @@ from align.plan_model import linear_bytes, read_shape
 from align.recipe import Recipe
 from align.recipe_adapter import Adapter
 from align.recipe_ppo import Ppo
-from align.roles import Roles, merged
+from align.roles import Roles
 from align.sequences import join
 from pipelines.sft import add_adapter
 from reward.model import ScoreHead, new_reward_model

@@ -12,9 +12,10 @@ from align.adapters import WEIGHTS, save_adapter
 from align.engine import Engine
 from align.errors import TrainingError
 from align.manifest import BaseFacts
+from align.merging import merged
 from align.recipe import TokenizerSection
 from align.recipe_ppo import MissingEos, Ppo
-from align.roles import Roles, merged
+from align.roles import Roles
 from align.sequences import join
 from data.order import draw
 from data.records import Message, Prompt
