@@ -216,7 +216,7 @@ def test_top_layers_are_the_uppermost() -> None:
 def test_scaling_and_first_weights_of_lora() -> None:
     """alpha is 32 and r 4: 32 / 4, or 32 / sqrt(4). Gaussian A: deviation 1 / r."""
     for name, scaling in (("lora", 8.0), ("dora", 16.0)):
-        layers = [m for m in adapted(name).modules() if hasattr(m, "scaling")]
+        layers = [m for m in adapted(name).modules() if hasattr(m, "lora_A")]
         assert len(layers) == 14
         assert {layer.scaling["default"] for layer in layers} == {scaling}
         first = torch.cat([layer.lora_A["default"].weight.flatten() for layer in layers])
