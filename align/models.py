@@ -254,11 +254,7 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
 
 def dtype(base: Base) -> torch.dtype:
     """Return the recipe's dtype of the base weights."""
-    return {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }[base.dtype]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[base.dtype]
 
 
 def first_line(error: Exception) -> str:

@@ -81,7 +81,7 @@ class Kl(Section):
     # log p/q, half its square, or q/p - 1 - log q/p (Schulman 2020).
     estimator: Literal["k1", "k2", "k3"] = "k1"
     target: PositiveFloat | None = None  # given: the coefficient adapts to it (Ziegler et al.)
-    horizon: Positive = 10_000  # responses over which the adaptive coefficient doubles
+    horizon: Positive = 10_000  # responses over which the coefficient moves by at most 20 %
     stop: PositiveFloat | None = None  # end training when a rollout's mean KL exceeds this
 
     @model_validator(mode="after")
@@ -124,8 +124,9 @@ Layout = Literal["shared", "separate"]
 class Value(Section):
     """The critic."""
 
-    # "policy": a head on the policy's hidden states, from 0; one pass over the base serves both.
-    # "own": an adapter (or model) of its own, from the reward model.
+    # "own": its own adapter (or model), which starts from this recipe's reward model where PPO
+    # maximises that, else from SFT. "policy": a head on the policy's hidden states, from 0; one
+    # pass over the base serves both.
     trunk: Literal["own", "policy"] = "own"
     warmup_steps: NotNegative = 0  # first rollouts that train the critic only
     layout: Layout | None = None  # null: that of ppo.layout
@@ -239,6 +240,12 @@ class Ppo(Optimisation):
         critic = self.value.layout or self.layout if self.value.trunk == "own" else "shared"
         layouts = {"policy": self.layout, "value": critic}
         return tuple(role for role, layout in layouts.items() if layout == "separate")
+
+    @property
+    def selected_on(self) -> int:
+        """How many of the first held-out prompts decide about the policy that is kept."""
+        decides = self.keep == "best" or self.stop.divergence is not None
+        return self.probe_prompts if decides else 0
 
     @property
     def needs_reward_stage(self) -> bool:

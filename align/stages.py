@@ -19,6 +19,7 @@ from align.manifest import (
 )
 from align.recipe import WORLD_VERSION, Recipe, Source, StageData, StageName
 from align.recipe_ppo import Ppo, RewardSource
+from align.recipe_types import Section
 
 STAGES: tuple[StageName, ...] = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
@@ -31,6 +32,14 @@ _SECTIONS: dict[StageName, tuple[str, ...]] = {
     "reward": ("base", "tokenizer", "adapter", "reward"),
     "ppo": ("base", "tokenizer", "adapter", "ppo"),
     "evaluate": ("base", "evaluate"),
+}
+# Keys in them that do not: of memory and of the log. Models that differ by them differ by rounding,
+# and by the random masks of adapter.dropout.
+_WITHOUT_EFFECT = {
+    "gradient_checkpointing",
+    "log_every",
+    "max_tokens_per_microbatch",
+    "micro_batch_size",
 }
 _LIMITS = ("bad_rows", "max_dropped", "max_prompt_tokens", "max_response_tokens")
 
@@ -182,15 +191,27 @@ def recipe_sha256(recipe: Recipe, stage: StageName) -> str:
     """Hash the part of the recipe that decides this stage's result."""
     part: dict[str, object] = {"seed": recipe.seed}
     for name in _SECTIONS[stage]:
-        section = getattr(recipe, name)
-        part[name] = section.model_dump() if section is not None else None
+        part[name] = _decisive(getattr(recipe, name))
     if stage == "ppo" and recipe.evaluate is not None and recipe.evaluate.gold is not None:
         part["gold"] = recipe.evaluate.gold  # decides what the probes log
     if stage == "evaluate":
         part["reward"] = _scored_with(recipe)
+        if recipe.ppo is not None:
+            part["selected_on"] = recipe.ppo.selected_on  # decides which prompts are answered
     part["limits"] = {key: getattr(recipe.data, key) for key in _LIMITS}
     part["data"] = {name: data.model_dump() for name, data in stage_data(recipe, stage).items()}
     return _digest(part)
+
+
+def _decisive(section: Section | None) -> dict[str, object] | None:
+    """Return a section's values without those that no result depends on."""
+    if section is None:
+        return None
+    values = section.model_dump(exclude=_WITHOUT_EFFECT)
+    if isinstance(section, Ppo) and section.rollout.engine == "native":
+        # With plain transformers a response depends on those sampled beside it.
+        del values["rollout"]["batch_size"]
+    return values
 
 
 def _scored_with(recipe: Recipe) -> list[dict[str, object]]:

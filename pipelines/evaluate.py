@@ -1,7 +1,9 @@
 """Evaluation: base, SFT and PPO answer the same held-out prompts; the reward model ranks pairs.
 
-Nothing here decides a training: the gold judge, held-out prompts and held-out rankings were seen by
-no stage. Shares come with 90 % intervals.
+Nothing here decides a training: the gold judge and held-out rankings were seen by no stage, and
+held-out prompts by PPO's probes only. Where those select a policy (``ppo.keep: best``) or end the
+training (``ppo.stop.divergence``), other prompts come first, and how many of the probes' had to be
+taken is said. Shares come with 90 % intervals.
 """
 
 from collections.abc import Sequence
@@ -43,7 +45,7 @@ def run(job: StageJob) -> StageResult:
     """Measure every finished model on held-out data; see the module's docstring."""
     recipe, section = job.recipe, job.recipe.evaluate
     assert section is not None
-    prompts = _heldout_prompts(job, section)
+    prompts, num_selected_on = _heldout_prompts(job, section)
     gold = _gold_judge(section)
     loaded = load_roles(job, _adapters(job), max_new_tokens=section.max_new_tokens)
     prompts = usable_prompts(job, loaded, prompts)
@@ -73,20 +75,30 @@ def run(job: StageJob) -> StageResult:
     metrics |= _win_rate(answers, section.bootstrap, seed)
     if rankings:
         metrics |= _reward_accuracy(loaded, rankings, section, gold)
+    if num_selected_on:
+        job.log.note(
+            f"evaluate  PPO has selected its policy on {num_selected_on} of the prompts; give more"
+            " in data.prompts.heldout"
+        )
+        metrics["prompts/selected_on"] = float(num_selected_on)
 
     job.log.log(0, metrics)
     job.sample(_sample_rows(prompts, answers, categories))
     return StageResult(metrics, ("samples.jsonl", "metrics.jsonl"), loaded.tokenizer, loaded.facts)
 
 
-def _heldout_prompts(job: StageJob, section: Evaluate) -> list[Prompt]:
+def _heldout_prompts(job: StageJob, section: Evaluate) -> tuple[list[Prompt], int]:
+    """Return the prompts to answer, and on how many of them PPO has selected its policy."""
     data = job.data.get("prompts")
     prompts = [p for p in data.heldout if isinstance(p, Prompt)] if data is not None else []
     if not prompts:
         raise DataError(
             "evaluate needs held-out prompts: give data.prompts.heldout one or more sources"
         )
-    return prompts[: section.prompts]
+    ppo = job.recipe.ppo if "ppo" in job.parents else None
+    seen = min(ppo.selected_on, len(prompts)) if ppo is not None else 0
+    chosen = (prompts[seen:] + prompts[:seen])[: section.prompts]
+    return chosen, max(0, len(chosen) - (len(prompts) - seen))
 
 
 def _adapters(job: StageJob) -> dict[Role, Path]:

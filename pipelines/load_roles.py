@@ -76,7 +76,9 @@ def load_roles(
     methods = {role: trained_method(folder) for role, folder in folders.items()}
     _check_methods(job, folders, methods, bool(trainable))
     limits, location = job.recipe.data, base_location(job.recipe)
-    tokenizer = AutoTokenizer.from_pretrained(job.parent_folder("sft") / "model")
+    tokenizer = AutoTokenizer.from_pretrained(
+        job.parent_folder("sft") / "model", trust_remote_code=job.recipe.base.trust_remote_code
+    )
     facts = recipe_base_facts(job.recipe)
     job.check_origin(tokenizer, facts)
     keys = f"data.max_prompt_tokens + {job.stage}.max_new_tokens"
@@ -150,7 +152,9 @@ def _own_model(
         is_reward = (folder / SCORE_FILE).is_file()
         model = (load_backbone if is_reward else _load_whole)(recipe, folder)
     elif method == "lora":
-        model = merged(load_causal_lm(recipe, location), folder)
+        # In float32: what an adapter adds to a weight is less than bfloat16 can tell.
+        base: Any = load_causal_lm(recipe, location)
+        model = merged(base.float(), folder)
     elif role.startswith("reward"):
         model = load_reward_model(load_causal_lm(recipe, location), folder).backbone
     else:

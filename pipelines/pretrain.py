@@ -29,7 +29,7 @@ from data.render import Renderer, Tokens, render_all
 from data.tokenizer import prepare_tokenizer, train_tokenizer, training_text
 from pipelines.heldout import heldout_loss, perplexity
 from pipelines.stage import StageJob, StageResult
-from pipelines.trainer_log import connect, trainer_settings
+from pipelines.trainer_log import connect, training_arguments
 
 _NO_LIMIT = 2**31
 
@@ -100,7 +100,9 @@ def _tokenizer(recipe: Recipe, records: Sequence[Record]) -> PreTrainedTokenizer
     if section.id is None:
         return train_tokenizer(map(training_text, records), section)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(section.id)
+        tokenizer = AutoTokenizer.from_pretrained(
+            section.id, trust_remote_code=recipe.base.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise InputError(f"tokenizer.id={section.id}: cannot be loaded: {error}") from error
     return prepare_tokenizer(tokenizer, section)
@@ -110,16 +112,18 @@ def _train(
     job: StageJob, section: Pretrain, model: PreTrainedModel, blocks: Tensor
 ) -> dict[str, float]:
     """Train ``model`` in place and return what was logged last."""
-    settings = trainer_settings(
-        section, job.directory, steps=section.steps, seed=job.recipe.seed
-    ) | {
-        "dataloader_drop_last": True,  # every step has full batches
-        "remove_unused_columns": False,
-        "include_num_input_tokens_seen": "all",
-    }
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(**settings),
+        args=training_arguments(
+            TrainingArguments,
+            section,
+            job.directory,
+            steps=section.steps,
+            seed=job.recipe.seed,
+            dataloader_drop_last=True,  # every step has full batches
+            remove_unused_columns=False,
+            include_num_input_tokens_seen="all",
+        ),
         train_dataset=TensorDataset(blocks),
         data_collator=_collate,
     )

@@ -11,7 +11,8 @@ from align.functions import call_score_function, load_function
 from align.seeds import derive_seed
 from pipelines.load_roles import LoadedRoles, usable_prompts
 from pipelines.rollout import collect
-from pipelines.scoring import RewardScorer, heldout_scorer
+from pipelines.scoring import RewardScorer
+from pipelines.shaping import Outcome, outcome
 from pipelines.stage import StageJob
 
 
@@ -19,8 +20,7 @@ class Probe:
     """Answers the first ``ppo.probe_prompts`` held-out prompts and records what came out.
 
     Raises:
-        RecipeError: ``evaluate.gold`` or ``ppo.heldout_reward`` names no function.
-        InputError: the held-out reward model cannot be loaded; see ``pipelines.scoring``.
+        RecipeError: ``evaluate.gold`` names no function.
         DataError: too many of the prompts cannot be tokenised; see ``StageJob.check_dropped``.
     """
 
@@ -33,20 +33,20 @@ class Probe:
         evaluate = job.recipe.evaluate
         self._gold_name = evaluate.gold if evaluate is not None else None
         self._gold = load_function(self._gold_name) if self._gold_name else None
-        self._heldout = heldout_scorer(job, self._section, loaded)
 
-    def look(self, step: int) -> dict[str, float]:
+    def look(self, step: int) -> tuple[dict[str, float], Outcome | None]:
         """Answer the prompts as the policy stands; append to ``samples.jsonl``.
 
         Always with the same sampling seed, so that two looks differ by the policy alone.
 
         Returns:
+            What came out of each response, None without held-out prompts; and the metrics
             ``probe/score``, ``probe/kl``, ``probe/length``, ``probe/eos_rate``; with several
             rewards ``probe/score/<name>``, with a held-out one ``probe/heldout_reward``, with a
             gold judge ``probe/gold``; empty without held-out prompts.
         """
         if not self._prompts:
-            return {}
+            return {}, None
         seed = derive_seed(self._job.recipe.seed, "probe")
         rollout = collect(self._loaded, self._prompts, self._score, self._section, seed=seed)
         seen = rollout.metrics()
@@ -57,9 +57,9 @@ class Probe:
             "probe/eos_rate": seen["eos_rate"],
         } | {f"probe/{key}": value for key, value in self._score.take_metrics().items()}
         columns = {"score": rollout.scores.tolist()}
-        if self._heldout is not None:
+        if self._score.heldout is not None:
             with torch.no_grad():
-                heldout = self._heldout(rollout.prompts, rollout.responses, rollout.sequences)
+                heldout = self._score.heldout(rollout.prompts, rollout.responses, rollout.sequences)
             metrics["probe/heldout_reward"] = float(heldout.mean())
             columns["heldout_reward"] = heldout.tolist()
         if self._gold is not None and self._gold_name is not None:
@@ -77,4 +77,4 @@ class Probe:
                 )
             ]
         )
-        return metrics
+        return metrics, outcome(rollout)

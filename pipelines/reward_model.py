@@ -25,14 +25,14 @@ from align.models import (
     recipe_base_facts,
     recompute_activations,
 )
-from align.recipe import Recipe, Reward
+from align.recipe import Recipe
 from align.seeds import derive_seed
 from data.records import Demonstration, Ranking, Record, as_demonstration
 from data.render import Renderer, Unusable, render_all
 from pipelines.stage import StageJob, StageResult
-from pipelines.trainer_log import connect, num_steps, trainer_settings
+from pipelines.trainer_log import connect, num_steps, training_arguments
 from reward.calibrate import center_on
-from reward.model import RewardModel, load_reward_model, new_reward_model
+from reward.model import RewardModel, load_reward_model, new_reward_model, write_calibration
 from reward.ranking import count_rankings, pair_outcomes, ranking_loss, ranking_metrics
 from reward.scorer import pad_rows, score_rows
 
@@ -76,7 +76,7 @@ def run(job: StageJob) -> StageResult:
     location = base_location(recipe)
     facts = recipe_base_facts(recipe)
     sft = job.parent_folder("sft") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(sft)
+    tokenizer = AutoTokenizer.from_pretrained(sft, trust_remote_code=recipe.base.trust_remote_code)
     job.check_origin(tokenizer, facts)
     tokens = _tokenize(job, tokenizer)
 
@@ -91,23 +91,27 @@ def run(job: StageJob) -> StageResult:
         recompute_activations(model.backbone)
     job.log.note(f"reward  {say_share(recipe.adapter.method, share)}")
     steps = _train(job, model, tokens)
-    score = _scorer(model, section, tokens.pad_id)
+    # First of all: what follows may run out of memory.
+    folder = job.directory / "model"
+    model.save(folder, location, facts.revision)
+    tokenizer.save_pretrained(folder)
+
+    batch_size = 2 * (section.micro_batch_size or section.batch_size)
+    score = _scorer(model, batch_size, tokens.pad_id)
     if tokens.demonstrations:
         calibration = center_on(score(tokens.demonstrations))
         model.head.shift.fill_(calibration.shift)
         model.head.scale.fill_(calibration.scale)
+        write_calibration(folder, calibration.shift, calibration.scale)
     metrics = _measure(score, tokens) | share
     job.log.log(steps, metrics)
 
-    folder = job.directory / "model"
-    model.save(folder, location)
-    tokenizer.save_pretrained(folder)
     probe = (tokens.demonstrations or tokens.train[0].rows())[:PROBE_ROWS]
     expected = score(probe)
     # The live model goes first: two of them need not fit into memory.
     del model, score
     gc.collect()
-    check_reload(recipe, location, folder, probe, expected, tokens.pad_id)
+    check_reload(recipe, location, folder, probe, expected, tokens.pad_id, batch_size=batch_size)
     return StageResult(metrics, ("model",), tokenizer, facts)
 
 
@@ -205,15 +209,20 @@ def check_reload(
     probe: Sequence[Row],
     expected: Tensor,
     pad_id: int,
+    *,
+    batch_size: int,
 ) -> None:
     """Load a saved reward model anew and compare its scores with the live model's.
+
+    Args:
+        batch_size: as ``expected`` was computed with: in bfloat16 other shapes round differently.
 
     Raises:
         TrainingError: they differ.
     """
     base = load_causal_lm(recipe, location) if is_adapter(folder) else None
     model = load_reward_model(base, folder).to(compute_device())
-    found = score_rows(model, probe, batch_size=len(probe), pad_id=pad_id, device=compute_device())
+    found = _scorer(model, batch_size, pad_id)(probe)
     difference = (found - expected).abs().max().item()
     if not difference <= RELOAD_TOLERANCE:
         raise TrainingError(
@@ -269,8 +278,12 @@ def _train(job: StageJob, model: RewardModel, tokens: Tokenized) -> int:
     trainer = RankingTrainer(
         margin=section.margin,
         model=model,
-        args=TrainingArguments(
-            **trainer_settings(section, job.directory, steps=steps, seed=seed),
+        args=training_arguments(
+            TrainingArguments,
+            section,
+            job.directory,
+            steps=steps,
+            seed=seed,
             remove_unused_columns=False,
         ),
         train_dataset=tokens.train,
@@ -282,9 +295,7 @@ def _train(job: StageJob, model: RewardModel, tokens: Tokenized) -> int:
     return steps
 
 
-def _scorer(model: RewardModel, section: Reward, pad_id: int) -> Callable[[Sequence[Row]], Tensor]:
-    batch_size = 2 * (section.micro_batch_size or section.batch_size)
-
+def _scorer(model: RewardModel, batch_size: int, pad_id: int) -> Callable[[Sequence[Row]], Tensor]:
     def score(rows: Sequence[Row]) -> Tensor:
         return score_rows(
             model, rows, batch_size=batch_size, pad_id=pad_id, device=compute_device()

@@ -72,6 +72,13 @@ def as_chat(prompt: Prompt) -> Chat:
     return [{"role": m.role, "content": m.content} for m in prompt.messages]
 
 
+def now(device: torch.device) -> float:
+    """Return the time in seconds when the device has done all that it was given so far."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter()
+
+
 def passes(lengths: Sequence[int], section: Ppo) -> list[list[int]]:
     """Return the rows of each forward pass over these rows."""
     return micro_batches(
@@ -88,11 +95,11 @@ def collect(
     """Sample one response per prompt and compute scores, log-probabilities and values.
 
     The log-probabilities come from the forward pass that training uses, in the micro-batches of
-    the first epoch: before the first update the ratio is exactly 1. What was computed while
-    sampling is never used.
+    the first epoch: before the first update the ratio is 1, exactly so where a pass with and one
+    without gradient run the same kernels. What was computed while sampling is never used.
     """
     roles = loaded.roles
-    started = perf_counter()
+    started = now(roles.device)
     prompt_ids = [loaded.renderer.prompt(prompt.messages) for prompt in prompts]
     generated = roles.generate(
         "policy",
@@ -104,7 +111,7 @@ def collect(
         seed=seed,
         batch_size=section.rollout.batch_size,
     )
-    sampled = perf_counter()
+    sampled = now(roles.device)
     sequences = roles.with_trunk(join(prompt_ids, generated.responses).to(roles.device))
     chats = [as_chat(prompt) for prompt in prompts]
     responses = [loaded.renderer.decode(ids) for ids in generated.responses]
@@ -130,7 +137,7 @@ def collect(
         entropy=entropy,
         last_values=last_values if section.bootstrap_truncated else None,
         repetitive_rate=repetitive_rate(generated.responses),
-        seconds={"time/rollout": sampled - started, "time/score": perf_counter() - sampled},
+        seconds={"time/rollout": sampled - started, "time/score": now(roles.device) - sampled},
     )
 
 

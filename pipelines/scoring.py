@@ -40,6 +40,7 @@ class RewardScorer:
     """A scorer that adds up several sources and can say what each of them gave."""
 
     sources: dict[str, Source]  # by the name that its metrics carry
+    heldout: Scorer | None = None  # ppo.heldout_reward: no part of the sum
     _seen: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
     @torch.no_grad()
@@ -76,7 +77,9 @@ def reward_roles(job: StageJob, section: Ppo) -> dict[str, Path]:
 
 
 def ppo_scorer(job: StageJob, section: Ppo, loaded: LoadedRoles) -> RewardScorer:
-    """Return the scorer that ``ppo.reward`` describes.
+    """Return the scorer that ``ppo.reward`` describes; in PPO with ``ppo.heldout_reward``.
+
+    Both at once: models of other runs that have one base share it.
 
     Args:
         loaded: with a role for each of ``reward_roles``.
@@ -88,22 +91,16 @@ def ppo_scorer(job: StageJob, section: Ppo, loaded: LoadedRoles) -> RewardScorer
     """
     sources = section.reward_sources
     names = _names(sources, job.reward_models)
-    members = _members(job, section, loaded, sources)
+    heldout = heldout_source(section) if job.stage == "ppo" else None
+    every = (*sources, heldout) if heldout is not None else sources
+    members = _members(job, section, loaded, every)
     return RewardScorer(
         {
             name: Source(scorers, source.weight, source.std_penalty)
-            for name, scorers, source in zip(names, members, sources, strict=True)
-        }
+            for name, scorers, source in zip(names, members, sources, strict=False)
+        },
+        heldout=members[-1][0] if heldout is not None else None,
     )
-
-
-def heldout_scorer(job: StageJob, section: Ppo, loaded: LoadedRoles) -> Scorer | None:
-    """Return the scorer that ``ppo.heldout_reward`` names; raises what ``ppo_scorer`` raises."""
-    source = heldout_source(section)
-    if source is None:
-        return None
-    ((scorer,),) = _members(job, section, loaded, [source])
-    return scorer
 
 
 def _roles(job: StageJob, section: Ppo) -> dict[str, str]:

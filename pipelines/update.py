@@ -194,13 +194,15 @@ class Updater:
         """Add the gradient of language modelling, and return its loss."""
         assert self._ptx is not None
         assert self._section.ptx is not None
-        loss, _ = self._ptx.loss(self._roles, self._ptx_steps)
+        total = 0.0
+        for loss in self._ptx.losses(self._roles, self._ptx_steps):
+            self._engine.backward(self._section.ptx.coef * loss)
+            total += float(loss.detach())
         self._ptx_steps += 1
-        self._engine.backward(self._section.ptx.coef * loss)
-        return float(loss.detach())
+        return total
 
     def _check_ratio(self, error: float) -> None:
-        if error > self._tolerance:
+        if not error <= self._tolerance:  # NaN is refused, too
             raise TrainingError(
                 "before the first update of the rollout, |ratio - 1| is up to"
                 f" {error:.2e} (allowed {self._tolerance:.0e}), but sampling and updated policy are"

@@ -117,7 +117,7 @@ def build(mode: str, dtype: str, workload: Workload) -> LoadedRoles:
     torch.manual_seed(settings["seed"])
     with tempfile.TemporaryDirectory() as temporary:
         new = PeftModel(base, lora_config(adapter, "CAUSAL_LM", base))
-        save_adapter(new, Path(temporary) / "new", base=str(folder / "policy"))
+        save_adapter(new, Path(temporary) / "new", base=str(folder / "policy"), revision=None)
         roles = Roles(
             new.unload(),
             dict.fromkeys(on_base, Path(temporary) / "new"),

@@ -17,12 +17,13 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.generation import generate
-from align.manifest import read_manifest
+from align.generation import Generated, generate
+from align.manifest import BaseFacts, read_manifest
 from align.models import base_location, load_causal_lm
 from align.recipe import Recipe, TokenizerSection
 from align.recipe_io import load_recipe
 from data.collate import collate_demonstrations
+from data.load import load_records
 from data.records import Message, Prompt, Text
 from data.render import IGNORED, Renderer, Tokens
 from data.tokenizer import prepare_tokenizer
@@ -172,6 +173,48 @@ def gradients(trainer) -> tuple[float, dict[str, torch.Tensor]]:
     loss = sum(trainer.training_step(trainer.model, batch, count).item() for batch in batches)
     found = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     return loss, found
+
+
+def small_stage(monkeypatch, tmp_path, **section):
+    """An sft job on ``tests.tiny`` models that runs in a second."""
+    path = write(tmp_path, base={"id": "unused"}, pretrain=None, tokenizer={})
+    overrides = [f"sft.{key}={value}" for key, value in ({"epochs": 1} | section).items()]
+    recipe = load_recipe(str(path), overrides)
+    monkeypatch.setattr(sft, "load_causal_lm", lambda *_: tiny.llama())
+    monkeypatch.setattr(sft, "base_config", lambda *_: tiny.llama().config)
+    monkeypatch.setattr(
+        sft, "recipe_base_facts", lambda *_: BaseFacts(id="b", revision="0123abcd", sha256="")
+    )
+    tokenizer = prepare_tokenizer(tiny.tokenizer(), TokenizerSection())
+    monkeypatch.setattr(sft, "load_tokenizer", lambda *_: tokenizer)
+    data, console = load_records(recipe, "sft"), stage.Console(quiet=True)
+    return stage.StageJob(recipe, "sft", tmp_path / "runs/tiny/sft", {}, data, console)
+
+
+def test_a_trained_adapter_is_saved_before_anything_is_measured(monkeypatch, tmp_path):
+    def fail(*_):
+        raise MemoryError("measuring")
+
+    monkeypatch.setattr(sft, "heldout_loss", fail)
+    job = small_stage(monkeypatch, tmp_path)
+    with pytest.raises(MemoryError, match="measuring"):
+        sft.run(job)
+    PeftModel.from_pretrained(tiny.llama(), job.directory / "model")
+    settings = json.loads((job.directory / "model/adapter_config.json").read_text())
+    assert settings["revision"] == "0123abcd"
+    assert (job.directory / "model/tokenizer.json").is_file()
+
+
+def test_answers_are_sampled_in_micro_batches(monkeypatch, tmp_path):
+    seen = []
+
+    def sample(model, prompts, **settings):
+        seen.append(settings["batch_size"])
+        return Generated([[1]] * len(prompts), [True] * len(prompts))
+
+    monkeypatch.setattr(sft, "generate", sample)
+    sft.run(small_stage(monkeypatch, tmp_path, micro_batch_size=2))
+    assert seen == [2]
 
 
 class TestLoss:
@@ -450,11 +493,11 @@ class TestRefusals:
         assert not (copy / "runs/tiny/pretrain/model").exists()
 
     def test_adapter_that_reloads_otherwise_is_not_finished(self, copy, capsys, monkeypatch):
-        def save_wrong(model, folder, *, base):
+        def save_wrong(model, folder, *, base, revision):
             model.base_model.model.model.layers[0].self_attn.q_proj.lora_B[
                 "default"
             ].weight.data += 1
-            save(model, folder, base=base)
+            save(model, folder, base=base, revision=revision)
             model.base_model.model.model.layers[0].self_attn.q_proj.lora_B[
                 "default"
             ].weight.data -= 1

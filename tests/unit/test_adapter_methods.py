@@ -165,7 +165,8 @@ def test_every_folder_loads_exactly_in_a_fresh_process(tmp_path: Path) -> None:
     for name in METHODS:
         base(name).save_pretrained(tmp_path / "bases" / name)
         model = trained(name)
-        save_trained(model, tmp_path / "made" / name, base=str(tmp_path / "bases" / name))
+        there = str(tmp_path / "bases" / name)
+        save_trained(model, tmp_path / "made" / name, base=there, revision=None)
         assert trained_method(tmp_path / "made" / name) == adapter(name).method
         expected[name] = logits(model)
         assert not torch.equal(expected[name], logits(base(name)))
@@ -230,7 +231,7 @@ def test_scaling_and_first_weights_of_lora() -> None:
 
 
 def rewarded(name: str, folder: Path):
-    save_trained(trained(name), folder / "sft", base="x")
+    save_trained(trained(name), folder / "sft", base="x", revision=None)
     start = base(name)
     if name == "full":
         start = type(start).from_pretrained(folder / "sft")
@@ -262,7 +263,7 @@ def test_reward_model_by_every_method(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(model(wide, seen), scores, atol=1e-5, rtol=1e-5)
 
     scores.sum().backward()
-    model.save(tmp_path / "reward", "x")
+    model.save(tmp_path / "reward", "x", None)
     again = load_reward_model(None if name == "full" else base(name), tmp_path / "reward")
     assert torch.equal(again(IDS, mask), scores.detach())
     assert not any(p.requires_grad for p in again.parameters())
@@ -271,13 +272,13 @@ def test_reward_model_by_every_method(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["houlsby", "bitfit", "top_layers", "prefix"])
 def test_an_sft_model_by_another_method_is_refused(name: str, tmp_path: Path) -> None:
-    save_trained(trained(name), tmp_path / "sft", base="x")
+    save_trained(trained(name), tmp_path / "sft", base="x", revision=None)
     with pytest.raises(ParentError, match=f"method={adapter(name).method}, the recipe has lora"):
         new_reward_model(base(name), Adapter(), tmp_path / "sft", seed=0)
 
 
 def test_tensors_that_mean_something_else_are_refused(tmp_path: Path) -> None:
-    save_trained(trained("dora"), tmp_path / "sft", base="x")
+    save_trained(trained("dora"), tmp_path / "sft", base="x", revision=None)
     plain = Adapter(r=4, dora=True)
     with pytest.raises(ParentError, match="rslora=True, the recipe has False"):
         new_reward_model(tiny.llama(), plain, tmp_path / "sft", seed=0)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from peft import PeftModel
 
 from align.manifest import BaseFacts
 from align.recipe import Evaluate, TokenizerSection
+from align.recipe_ppo import Ppo
 from align.roles import Roles
+from data.load import LoadedData
 from data.records import Message, Prompt, Ranking
 from data.render import Renderer
 from data.tokenizer import end_ids, prepare_tokenizer
@@ -60,6 +63,36 @@ def logprob(model, prompt, response, temperature):
         logits = model(torch.tensor([prompt + response[:t]])).logits[0, -1]
         total += torch.log_softmax(logits / temperature, -1)[token].item()
     return total
+
+
+def job_of(num_heldout, **ppo):
+    values = {"lr": 1.0, "batch_size": 2, "minibatch_size": 2, "steps": 1, "max_new_tokens": 4}
+    section = Ppo.model_validate(values | {"probe_prompts": 3} | ppo)
+    rows = tuple(Prompt((Message("user", str(number)),)) for number in range(num_heldout))
+    data = {"prompts": LoadedData((), rows, ())}
+    recipe = SimpleNamespace(ppo=section)
+    return SimpleNamespace(recipe=recipe, data=data, parents={"ppo": None})
+
+
+@pytest.mark.parametrize(
+    ("ppo", "expected", "num_selected_on"),
+    [
+        ({}, "0123", 0),
+        ({"keep": "best"}, "3456", 0),
+        ({"heldout_reward": "m:f", "stop": {"divergence": 0.1}}, "3456", 0),
+        ({"keep": "best", "probe_prompts": 5}, "5601", 2),
+        ({"keep": "best", "probe_prompts": 64}, "0123", 4),
+    ],
+)
+def test_prompts_on_which_ppo_selected_come_last_and_are_counted(ppo, expected, num_selected_on):
+    chosen, seen = evaluate._heldout_prompts(job_of(7, **ppo), section(prompts=4))
+    assert "".join(prompt.messages[0].content for prompt in chosen) == expected
+    assert seen == num_selected_on
+    job = job_of(7, **ppo)
+    job.parents.clear()  # no policy was selected here
+    chosen, seen = evaluate._heldout_prompts(job, section(prompts=4))
+    assert "".join(prompt.messages[0].content for prompt in chosen) == "0123"
+    assert seen == 0
 
 
 def ask(loaded, role, settings, scorer=None, gold=None):

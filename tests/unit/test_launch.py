@@ -381,9 +381,9 @@ def test_a_stage_hears_an_interrupt_only_when_it_listens(place: Path) -> None:
         "from pipelines.process import signals_as_exceptions\n"
         "with signals_as_exceptions(): print('not reached', file=sys.stderr)\n"
     )
-    _, errors = align(place, "run", "r.yaml", code=1)
+    _, errors = align(place, "run", "r.yaml", code=130)
     message = "stopped by SIGINT; the same command makes what is not finished"
-    assert errors.splitlines() == ["importing", message]
+    assert errors.splitlines()[-2:] == ["importing", message]
 
 
 def test_a_later_interrupt_ends_a_stage_at_once(tmp_path: Path) -> None:

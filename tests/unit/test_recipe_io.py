@@ -161,6 +161,16 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
         ),
         (
             "base: {id: pretrain}",
+            "base: {id: x, dtype: float16}",
+            "base.dtype=float16: small gradients become 0 in it unless the loss is scaled, which",
+        ),
+        (
+            "base: {id: pretrain}",
+            "base: {id: x, quantization: nf4, compute_dtype: float16}",
+            "base.compute_dtype=float16: small gradients become 0 in it unless the loss is scaled",
+        ),
+        (
+            "base: {id: pretrain}",
             "base: {id: pretrain, quantization: int8, double_quantization: true}",
             "base.double_quantization=true: has no effect with base.quantization=int8; allowed",
         ),

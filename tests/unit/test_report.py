@@ -58,6 +58,14 @@ def test_headline_gives_scores_and_win_rate_with_interval(tmp_path: Path) -> Non
     assert values == ["0.42 \u2192 0.61", "71.2 %", "13.1 nats", "68.1 %"]
 
 
+def test_headline_says_where_ppo_selected_its_policy_on_the_same_prompts(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "mini"))
+    metrics = run["evaluate"].final() | {"prompts/selected_on": 12.0}
+    write_stage(tmp_path / "mini" / "evaluate", "evaluate", [], metrics)
+    sentences = results.headline(read_run(tmp_path / "mini"), 20).sentences
+    assert sentences[1].startswith("PPO has selected its policy on 12 of them, so that its figures")
+
+
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
     [(0.31, 0.42, "PPO made them worse."), (0.46, 0.55, "does not show a difference.")],

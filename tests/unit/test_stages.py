@@ -352,3 +352,30 @@ def test_a_base_that_can_only_be_a_folder_has_to_be_one(tmp_path: Path, base: st
     changed = changed.model_copy(update={"base": changed.base.model_copy(update={"id": base})})
     with pytest.raises(DataError, match=f"base.id={base}: no such folder"):
         stages.named_files(changed, "sft")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("base__gradient_checkpointing", True),
+        ("pretrain__micro_batch_size", 1),
+        ("sft__micro_batch_size", 1),
+        ("sft__log_every", 3),
+        ("reward__micro_batch_size", 1),
+        ("ppo__micro_batch_size", 1),
+        ("ppo__max_tokens_per_microbatch", 100),
+        ("ppo__rollout__batch_size", 1),
+    ],
+)
+def test_what_only_moves_memory_or_the_log_redoes_nothing(
+    done: Path, key: str, value: object
+) -> None:
+    assert stale(recipe(done, **{key: value})) == []
+
+
+def test_with_plain_transformers_the_batches_of_sampling_decide_its_result(done: Path) -> None:
+    hashes = {
+        stages.recipe_sha256(recipe(done, ppo__rollout={"engine": "hf", "batch_size": rows}), "ppo")
+        for rows in (1, 2)
+    }
+    assert len(hashes) == 2
