@@ -153,7 +153,9 @@ def _own_model(
         is_reward = (folder / SCORE_FILE).is_file()
         model = (load_backbone if is_reward else _load_whole)(recipe, folder)
     elif method == "lora":
-        model = merged(load_causal_lm(recipe, location), folder)
+        # In float32: what an adapter adds to a weight is less than bfloat16 can tell.
+        base: Any = load_causal_lm(recipe, location)
+        model = merged(base.float(), folder)
     elif role.startswith("reward"):
         model = load_reward_model(load_causal_lm(recipe, location), folder).backbone
     else:

@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=("encoder", "decoder"), default=None)
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS))
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--pretrain-steps", type=int, default=1500)
+    parser.add_argument("--pretrain-steps", type=int, default=500)
     parser.add_argument("--width", type=int, default=96, help="hidden size (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=1)

@@ -165,9 +165,8 @@ def test_every_folder_loads_exactly_in_a_fresh_process(tmp_path: Path) -> None:
     for name in METHODS:
         base(name).save_pretrained(tmp_path / "bases" / name)
         model = trained(name)
-        save_trained(
-            model, tmp_path / "made" / name, base=str(tmp_path / "bases" / name), revision=None
-        )
+        there = str(tmp_path / "bases" / name)
+        save_trained(model, tmp_path / "made" / name, base=there, revision=None)
         assert trained_method(tmp_path / "made" / name) == adapter(name).method
         expected[name] = logits(model)
         assert not torch.equal(expected[name], logits(base(name)))
@@ -218,7 +217,7 @@ def test_top_layers_are_the_uppermost() -> None:
 def test_scaling_and_first_weights_of_lora() -> None:
     """alpha is 32 and r 4: 32 / 4, or 32 / sqrt(4). Gaussian A: deviation 1 / r."""
     for name, scaling in (("lora", 8.0), ("dora", 16.0)):
-        layers = [m for m in adapted(name).modules() if hasattr(m, "scaling")]
+        layers = [m for m in adapted(name).modules() if hasattr(m, "lora_A")]
         assert len(layers) == 14
         assert {layer.scaling["default"] for layer in layers} == {scaling}
         first = torch.cat([layer.lora_A["default"].weight.flatten() for layer in layers])
@@ -264,7 +263,7 @@ def test_reward_model_by_every_method(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(model(wide, seen), scores, atol=1e-5, rtol=1e-5)
 
     scores.sum().backward()
-    model.save(tmp_path / "reward", "x")
+    model.save(tmp_path / "reward", "x", None)
     again = load_reward_model(None if name == "full" else base(name), tmp_path / "reward")
     assert torch.equal(again(IDS, mask), scores.detach())
     assert not any(p.requires_grad for p in again.parameters())
