@@ -4,14 +4,23 @@ Nothing is loaded and nothing is measured: the sizes come from ``config.json``, 
 the stages do. Every prompt and response is taken to be as long as the recipe allows.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from align.errors import InputError
 from align.plan_items import Item, Phase, StagePlan
-from align.plan_memory import CHUNK_ELEMENTS, FLOAT, Compute, activation_bytes, logprob_chunk_bytes
+from align.plan_memory import FLOAT, Compute, chunk_tokens, chunk_width, logprob_chunk_bytes
 from align.plan_model import Shape, small_llama
-from align.plan_setup import Setup, logits_item, mask_item, overhead, training_items
-from align.recipe import Recipe, StageData
+from align.plan_setup import (
+    Setup,
+    logits_item,
+    mask_item,
+    overhead,
+    responses_per_ranking,
+    rows_per_pass,
+    training_items,
+)
+from align.recipe import Recipe, StageName
 from align.recipe_ppo import Ppo
 from align.stages import planned_stages
 
@@ -20,27 +29,39 @@ _PROBE_ROWS = 4  # rows on which the SFT stage compares the saved adapter with t
 
 
 def plan_recipe(recipe: Recipe, base: Shape | None) -> tuple[StagePlan, ...]:
-    """Return the plan of every stage of a recipe that trains.
+    """Return the plan of every stage of a recipe.
 
     Args:
         base: None: the recipe's pretrain stage makes it.
 
     Raises:
-        InputError: an adapter's target is not a layer of the base; the size of the vocabulary of
-            a base to be made is not known.
+        InputError: an adapter's target is not a layer of the base; see ``pretrained_shape``.
     """
-    if base is None:
-        assert recipe.pretrain is not None
-        vocab = recipe.tokenizer.vocab_size
-        if vocab is None:
-            raise InputError(
-                f"tokenizer.id={recipe.tokenizer.id}: its size is not known before it is loaded;"
-                " for the plan, give tokenizer.vocab_size as well"
-            )
-        base = small_llama(recipe.pretrain.model, vocab)
-    setup = Setup(recipe, base)
-    makers = {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "ppo": _ppo}
-    return tuple(makers[s](setup) for s in planned_stages(recipe) if s in makers)
+    setup = Setup(recipe, base or pretrained_shape(recipe))
+    makers: dict[StageName, Callable[[Setup], StagePlan]] = {
+        "pretrain": _pretrain,
+        "sft": _sft,
+        "reward": _reward,
+        "ppo": _ppo,
+        "evaluate": _evaluate,
+    }
+    return tuple(makers[stage](setup) for stage in planned_stages(recipe))
+
+
+def pretrained_shape(recipe: Recipe) -> Shape:
+    """Return the shape of the base that a recipe's pretrain stage makes.
+
+    Raises:
+        InputError: the size of its vocabulary is not known.
+    """
+    assert recipe.pretrain is not None
+    vocab = recipe.tokenizer.vocab_size
+    if vocab is None:
+        raise InputError(
+            f"tokenizer.id={recipe.tokenizer.id}: its size is not known before it is loaded;"
+            " for the plan, give tokenizer.vocab_size as well"
+        )
+    return small_llama(recipe.pretrain.model, vocab)
 
 
 def _pretrain(setup: Setup) -> StagePlan:
@@ -51,15 +72,13 @@ def _pretrain(setup: Setup) -> StagePlan:
     full, count = Compute(FLOAT, None), shape.parameters
     gradients, states = training_items([count], section)
     kept = (
-        overhead(),
+        overhead("pretrain"),
         Item("model", count * FLOAT, f"{count:,} x {FLOAT} B", "weights"),
         states,
     )
-    # Checkpointing is a matter of the stages with adapters.
-    size = activation_bytes(shape, full, tokens, shape.layers, checkpointing=False)
     training = (
         gradients,
-        Item("activations", size, f"{tokens:,} tokens, {shape.layers} blocks"),
+        setup.activations(full, tokens, shape.layers, whole=True),
         logits_item("logits, log-softmax, slope", tokens, shape.vocab, 3 * FLOAT),
     )
     return StagePlan("pretrain", kept, (Phase("training", training),))
@@ -78,7 +97,7 @@ def _sft(setup: Setup) -> StagePlan:
     tile_width = width + 2 * FLOAT
     training = (
         gradients,
-        setup.activations(setup.compute(expanded=True), tokens, setup.adapted),
+        setup.activations(setup.padded(), tokens, setup.adapted),
         mask_item(*((1, tokens) if section.packing else (rows, longest))),
         Item("logits, a tile", tile * tile_width, f"{tile:,} x {tile_width} B"),
         *setup.dequantized(),
@@ -94,11 +113,11 @@ def _sft(setup: Setup) -> StagePlan:
         rows = min(section.batch_size, section.samples)
         limits = recipe.data.max_prompt_tokens, recipe.data.max_response_tokens
         phases.append(Phase("sampling", tuple(setup.generation(rows, *limits))))
-    again = [replace(i, name=f"{i.name}, once more", kind="rest") for i in (*setup.base(), adapter)]
+    # The trained model is gone by then, and another one loaded.
     check = logits_item("logits of both", _PROBE_ROWS * longest, shape.vocab, 2 * width)
-    items = (*again, setup.forward(_PROBE_ROWS * longest), check, *setup.dequantized())
+    items = (setup.forward(_PROBE_ROWS * longest), check, *setup.dequantized())
     phases.append(Phase("check of what was saved", items))
-    return StagePlan("sft", (overhead(), *setup.base(), adapter, states), tuple(phases))
+    return StagePlan("sft", (overhead("sft"), *setup.base(), adapter, states), tuple(phases))
 
 
 def _reward(setup: Setup) -> StagePlan:
@@ -106,13 +125,13 @@ def _reward(setup: Setup) -> StagePlan:
     section, recipe = setup.recipe.reward, setup.recipe
     assert section is not None
     shape, longest = setup.shape, setup.longest
-    responses = _responses_per_ranking(recipe)
+    responses = responses_per_ranking(recipe)
     rows = responses * (section.micro_batch_size or section.batch_size)
     trained = [*shape.lora_tensors(recipe.adapter), shape.hidden]
     gradients, states = training_items(trained, section)
     # PEFT keeps the head as it was beside the one that is trained.
     kept = (
-        overhead(),
+        overhead("reward"),
         *setup.base(head=False),
         setup.adapter("reward"),
         setup.head("reward", copies=2),
@@ -120,20 +139,13 @@ def _reward(setup: Setup) -> StagePlan:
     )
     training = (
         gradients,
-        setup.activations(setup.compute(expanded=True), rows * longest, setup.adapted),
+        setup.activations(setup.padded(), rows * longest, setup.adapted),
         mask_item(rows, longest),
         *setup.dequantized(),
     )
     scoring_rows = 2 * (section.micro_batch_size or section.batch_size)
     scoring = (setup.forward(scoring_rows * longest), *setup.dequantized())
     return StagePlan("reward", kept, (Phase("training", training), Phase("scoring", scoring)))
-
-
-def _responses_per_ranking(recipe: Recipe) -> int:
-    """Return how many responses a ranking has: two, where only its file could say more."""
-    data: StageData | None = recipe.data.reward
-    worlds = [s.world for s in data.train] if data is not None else []
-    return recipe.data.world.responses_per_ranking if "rankings" in worlds else 2
 
 
 def _ppo(setup: Setup) -> StagePlan:
@@ -143,14 +155,14 @@ def _ppo(setup: Setup) -> StagePlan:
     separate = section.layout == "separate"
     roles, trained, critic = _roles(setup, section)
     gradients, states = training_items([*trained, *critic], section)
-    kept = [overhead(), *setup.base(), *roles, states]
+    kept = [overhead("ppo"), *setup.base(), *roles, states]
     if section.ema is not None:
         policy = sum(trained)
         kept.append(Item("moving average", policy * FLOAT, f"{policy:,} x {FLOAT} B"))
 
     prompt, response = recipe.data.max_prompt_tokens, section.max_new_tokens
     longest, width = prompt + response, setup.width
-    rows = _rows_per_pass(section, longest)
+    rows = rows_per_pass(section, longest)
     trunk: list[Item] = []
     native = section.rollout.engine == "native"
     if native and setup.adapted < shape.layers and not separate:
@@ -187,12 +199,7 @@ def _ppo(setup: Setup) -> StagePlan:
 def _roles(setup: Setup, section: Ppo) -> tuple[list[Item], list[int], list[int]]:
     """Return the roles' own weights, and the sizes of the policy's and critic's tensors."""
     shape, own_critic = setup.shape, section.value.trunk == "own"
-    rewards = [name for source in section.reward_sources for name in source.models]
-    items = [setup.adapter("reference")]
-    for number in range(len(set(rewards))):
-        role = f"reward{number or ''}"
-        items += [setup.adapter(role), setup.head(role)]
-    items.append(setup.head("value"))
+    items = [setup.adapter("reference"), *_reward_roles(setup, section), setup.head("value")]
     head = [shape.hidden]
     if section.layout == "shared":
         tensors = shape.lora_tensors(setup.recipe.adapter)
@@ -206,11 +213,15 @@ def _roles(setup: Setup, section: Ppo) -> tuple[list[Item], list[int], list[int]
     return items, [policy], [*([critic] if own_critic else []), *head]
 
 
-def _rows_per_pass(section: Ppo, longest: int) -> int:
-    """Return how many of the longest rows go through one pass of the update."""
-    if section.max_tokens_per_microbatch is not None:
-        return min(max(1, section.max_tokens_per_microbatch // longest), section.minibatch_size)
-    return section.micro_batch_size or section.minibatch_size
+def _reward_roles(setup: Setup, section: Ppo | None) -> list[Item]:
+    """Return the reward models: those that PPO maximises, else the reward stage's."""
+    recipe, names = setup.recipe, {"reward"}
+    if section is not None:
+        names = {name for source in section.reward_sources for name in source.models}
+    elif recipe.reward is None and not recipe.run.parents.reward:
+        names = set()
+    roles = [f"reward{number or ''}" for number in range(len(names))]
+    return [item for role in roles for item in (setup.adapter(role), setup.head(role))]
 
 
 def _logprobs(setup: Setup, section: Ppo, rows: int) -> list[Item]:
@@ -219,17 +230,19 @@ def _logprobs(setup: Setup, section: Ppo, rows: int) -> list[Item]:
     tokens, width = rows * section.max_new_tokens, setup.width
     if section.rollout.engine == "hf":
         return [logits_item("logits, float32, log-softmax", tokens, vocab, width + 2 * FLOAT)]
-    chunk = logprob_chunk_bytes(vocab, width)
     slopes = 1 + (section.entropy_coef > 0)
     each = slopes * hidden * width + FLOAT * hidden  # and the critic's input in float32
     return [
-        Item(
-            "log-probabilities, a chunk",
-            chunk,
-            f"{max(1, CHUNK_ELEMENTS // vocab)} tokens x {vocab:,}",
-        ),
+        _chunk(setup),
         Item("their slopes", tokens * each, f"{tokens:,} tokens x {each:,} B"),
     ]
+
+
+def _chunk(setup: Setup) -> Item:
+    """Return what log-probabilities need at a time."""
+    vocab, width = setup.shape.vocab, setup.width
+    how = f"{chunk_tokens(vocab)} tokens x {vocab:,} x {chunk_width(width)} B"
+    return Item("log-probabilities, a chunk", logprob_chunk_bytes(vocab, width), how)
 
 
 def _beside_fulltraining_items(setup: Setup) -> list[Item]:
@@ -239,6 +252,35 @@ def _beside_fulltraining_items(setup: Setup) -> list[Item]:
     items = [Item("gradient of the head", head * FLOAT, f"{head:,} x {FLOAT} B")]
     if width != FLOAT:
         linear = shape.linear + head
-        how = f"{linear:,} x {width} B (autocast)"
+        how = f"{linear:,} x {width} B; autocast"
         items.append(Item(f"weights in {setup.recipe.base.dtype}", linear * width, how))
     return items
+
+
+def _evaluate(setup: Setup) -> StagePlan:
+    """Every model of the run as an adapter on the base; answers, log-probabilities, scores."""
+    section, recipe, shape = setup.recipe.evaluate, setup.recipe, setup.shape
+    assert section is not None
+    ppo = recipe.ppo
+    kept = [overhead("evaluate"), *setup.base(), setup.adapter("reference")]
+    if ppo is not None and ppo.layout == "separate":
+        count = shape.parameters
+        kept.append(Item("policy", count * FLOAT, f"{count:,} x {FLOAT} B", "weights"))
+    elif ppo is not None:
+        kept.append(setup.adapter("policy"))
+    kept += _reward_roles(setup, ppo)
+
+    rows = min(section.batch_size, section.prompts)
+    prompt, response = recipe.data.max_prompt_tokens, section.max_new_tokens
+    answered, longest = rows * (prompt + response), section.batch_size * setup.longest
+    phases = [
+        Phase("answers", tuple(setup.generation(rows, prompt, response))),
+        Phase("their log-probabilities and scores", tuple(_looks(setup, answered))),
+        Phase("held-out loss and rankings", tuple(_looks(setup, longest))),
+    ]
+    return StagePlan("evaluate", tuple(kept), tuple(phases))
+
+
+def _looks(setup: Setup, tokens: int) -> list[Item]:
+    """Return a pass without gradients up to log-probabilities."""
+    return [setup.forward(tokens), _chunk(setup), *setup.dequantized()]
