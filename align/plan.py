@@ -8,13 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from align.errors import InputError
-from align.plan_items import Item, Phase, StagePlan
+from align.plan_items import Item, Phase, StagePlan, with_heap_holes
 from align.plan_memory import FLOAT, Compute, chunk_tokens, chunk_width, logprob_chunk_bytes
 from align.plan_model import Shape, small_llama
 from align.plan_setup import (
     Setup,
     logits_item,
-    mask_item,
     overhead,
     responses_per_ranking,
     rows_per_pass,
@@ -28,16 +27,19 @@ _TRL_TOKENS, _TRL_VOCAB = 4096, 32768  # TRL takes the logits of SFT in tiles of
 _PROBE_ROWS = 4  # rows on which the SFT stage compares the saved adapter with the live one
 
 
-def plan_recipe(recipe: Recipe, base: Shape | None) -> tuple[StagePlan, ...]:
+def plan_recipe(
+    recipe: Recipe, base: Shape | None, *, on_cpu: bool = False
+) -> tuple[StagePlan, ...]:
     """Return the plan of every stage of a recipe.
 
     Args:
         base: None: the recipe's pretrain stage makes it.
+        on_cpu: with what a CPU's memory needs more than a GPU's.
 
     Raises:
         InputError: an adapter's target is not a layer of the base; see ``pretrained_shape``.
     """
-    setup = Setup(recipe, base or pretrained_shape(recipe))
+    setup = Setup(recipe, base or pretrained_shape(recipe), on_cpu)
     makers: dict[StageName, Callable[[Setup], StagePlan]] = {
         "pretrain": _pretrain,
         "sft": _sft,
@@ -45,7 +47,8 @@ def plan_recipe(recipe: Recipe, base: Shape | None) -> tuple[StagePlan, ...]:
         "ppo": _ppo,
         "evaluate": _evaluate,
     }
-    return tuple(makers[stage](setup) for stage in planned_stages(recipe))
+    plans = tuple(makers[stage](setup) for stage in planned_stages(recipe))
+    return tuple(with_heap_holes(plan) for plan in plans) if on_cpu else plans
 
 
 def pretrained_shape(recipe: Recipe) -> Shape:
@@ -93,12 +96,14 @@ def _sft(setup: Setup) -> StagePlan:
     tokens = rows * longest
     adapter = setup.adapter("policy")
     gradients, states = training_items(shape.lora_tensors(recipe.adapter), section)
-    tile = min(tokens, _TRL_TOKENS) * min(shape.vocab, _TRL_VOCAB)
-    tile_width = width + 2 * FLOAT
+    # A tile of them in place on a GPU; on a CPU torch makes eight of its size and a mask.
+    part = min(shape.vocab, _TRL_VOCAB) if setup.on_cpu else _TRL_VOCAB
+    tile = min(tokens, _TRL_TOKENS) * part
+    tile_width = width + (8 * FLOAT + 1 if setup.on_cpu else 0)
     training = (
         gradients,
         setup.activations(setup.padded(), tokens, setup.adapted),
-        mask_item(*((1, tokens) if section.packing else (rows, longest))),
+        setup.masks(*((1, tokens) if section.packing else (rows, longest))),
         Item("logits, a tile", tile * tile_width, f"{tile:,} x {tile_width} B"),
         *setup.dequantized(),
     )
@@ -140,7 +145,7 @@ def _reward(setup: Setup) -> StagePlan:
     training = (
         gradients,
         setup.activations(setup.padded(), rows * longest, setup.adapted),
-        mask_item(rows, longest),
+        setup.masks(rows, longest),
         *setup.dequantized(),
     )
     scoring_rows = 2 * (section.micro_batch_size or section.batch_size)

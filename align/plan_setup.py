@@ -19,15 +19,15 @@ from align.recipe import Recipe, StageData, StageName
 from align.recipe_ppo import Ppo
 from align.recipe_types import Optimisation
 
-# What a stage's process takes beside the tensors, in MiB: Python and the libraries that the stage
-# imports, measured on a CPU. A GPU's context and allocator take about as much of the GPU: 0.4 to
-# 0.85 GB in published measurements of 7B to 70B models.
+# What a stage's process takes beside the tensors, in MiB: Python and the libraries, measured on a
+# CPU as they are imported and 30 more for what stages load while they work. A GPU's context and
+# allocator take about as much of the GPU: 0.4 to 0.85 GB in published measurements of 7B to 70B.
 LIBRARIES: dict[StageName, int] = {
-    "pretrain": 600,
-    "sft": 600,
-    "reward": 600,
-    "ppo": 600,
-    "evaluate": 600,
+    "pretrain": 517,
+    "sft": 535,
+    "reward": 517,
+    "ppo": 434,
+    "evaluate": 434,
 }
 
 
@@ -37,6 +37,7 @@ class Setup:
 
     recipe: Recipe
     shape: Shape
+    on_cpu: bool = False
 
     @property
     def width(self) -> int:
@@ -124,6 +125,15 @@ class Setup:
             how += f"; {'without' if on else 'with'} checkpointing {other / 2**30:.2f} GiB"
         return Item("activations", tokens * (layers * each + once), how)
 
+    def masks(self, rows: int, tokens: int) -> Item:
+        """Return the attention mask of padded rows, and the copy that each block makes of it.
+
+        Attention takes a mask of true and false, and keeps it in the numbers that it computes in.
+        """
+        copies = 1 if self.checkpointing else self.adapted
+        how = f"{rows} rows x {tokens}^2 x (1 + {copies} blocks x {self.width}) B"
+        return Item("attention masks", rows * tokens**2 * (1 + copies * self.width), how)
+
     def forward(self, tokens: int) -> Item:
         """Return a pass without gradients."""
         each = working_per_token(self.shape, self.compute())
@@ -162,11 +172,6 @@ def overhead(stage: StageName) -> Item:
     """Return what a stage's process takes before any tensor."""
     size = LIBRARIES[stage] * 2**20
     return Item("interpreter and libraries", size, f"{LIBRARIES[stage]} x 2^20 B; measured")
-
-
-def mask_item(rows: int, tokens: int) -> Item:
-    """Return a batch's attention mask, one byte for each pair of tokens in a row."""
-    return Item("attention mask", rows * tokens**2, f"{rows} rows x {tokens}^2 x 1 B")
 
 
 def logits_item(name: str, tokens: int, vocab: int, width: int) -> Item:

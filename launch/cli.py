@@ -182,6 +182,7 @@ def plan(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure this machine, for the time on it.")
     ] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Plan for main memory, not a GPU's.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -190,7 +191,7 @@ def plan(
     from launch.plan_print import print_plan
 
     experiment = experiments.open_recipe(recipe, overrides or (), _settings(as_json, debug))
-    result = plan_experiment(experiment, memory, gpus, card, calibrate)
+    result = plan_experiment(experiment, memory, gpus, card, calibrate=calibrate, on_cpu=cpu)
     if as_json:
         _print_json(result)
     else:

@@ -45,7 +45,13 @@ def read_memory(text: str) -> int:
 
 
 def plan_experiment(
-    experiment: Experiment, memory: str | None, gpus: int, card: str | None, calibrate: bool
+    experiment: Experiment,
+    memory: str | None = None,
+    gpus: int = 1,
+    card: str | None = None,
+    *,
+    calibrate: bool = False,
+    on_cpu: bool = False,
 ) -> dict[str, Any]:
     """Return what ``make_plan`` does, for the options of the command.
 
@@ -56,6 +62,8 @@ def plan_experiment(
         raise InputError("--card and --calibrate: the time is that of one device; give one of them")
     if card is not None and card not in CARDS:
         raise InputError(f"--card={card}: not one that plan knows; allowed: {', '.join(CARDS)}")
+    if on_cpu and (card is not None or gpus > 1):
+        raise InputError("--cpu: has no GPUs; allowed without: --card, --gpus")
     limit = read_memory(memory) if memory is not None else None
     recipe, speed = experiment.recipe, None
     shape = base_shape(recipe)
@@ -64,7 +72,7 @@ def plan_experiment(
         speed = card_speed(card, CARDS[card], recipe.base.quantization != "none")
     elif calibrate:
         speed = _measure(experiment, shape)
-    return make_plan(recipe, shape, limit, gpus, speed)
+    return make_plan(recipe, shape, limit, gpus, speed, on_cpu=on_cpu)
 
 
 def base_shape(recipe: Recipe) -> Shape:
@@ -140,7 +148,13 @@ def _measure(experiment: Experiment, shape: Shape) -> Speed:
 
 
 def make_plan(
-    recipe: Recipe, shape: Shape, memory: int | None, gpus: int, speed: Speed | None = None
+    recipe: Recipe,
+    shape: Shape,
+    memory: int | None,
+    gpus: int,
+    speed: Speed | None = None,
+    *,
+    on_cpu: bool = False,
 ) -> dict[str, Any]:
     """Return the plan as JSON: stages, ZeRO tables, time, whether it fits, and what makes it fit.
 
@@ -152,7 +166,8 @@ def make_plan(
     Raises:
         InputError: the recipe has no stage.
     """
-    planner, peak = partial(plan_recipe, base=shape), partial(_peak, gpus=gpus)
+    planner = partial(plan_recipe, base=shape, on_cpu=on_cpu)
+    peak = partial(_peak, gpus=gpus)
     stages = planner(recipe)
     if not stages:
         raise InputError(f"{recipe.name}: has no section of a stage; nothing to plan")

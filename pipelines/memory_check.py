@@ -47,7 +47,7 @@ def check_memory(
             states = _optimizer_states(trained, section)
             loss = step()
             if loss is not None:
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             del loss, states
     except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
         if not _is_shortage(error):

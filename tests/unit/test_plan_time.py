@@ -120,7 +120,7 @@ def experiment(name: str) -> Any:
 
 
 def test_a_card_gives_the_memory_and_the_time(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = plans.plan_experiment(experiment("llama2-70b/qlora"), None, 1, "a100-80g", False)
+    plan = plans.plan_experiment(experiment("llama2-70b/qlora"), card="a100-80g")
     assert (plan["memory_bytes"], plan["fits"]) == (80 * 10**9, True)
     stages = plan["time"]["stages"].values()
     assert plan["time"]["seconds"] == pytest.approx(sum(stage["seconds"] for stage in stages))
@@ -131,9 +131,9 @@ def test_a_card_gives_the_memory_and_the_time(capsys: pytest.CaptureFixture[str]
     with pytest.raises(
         InputError, match="--card=a1000: not one that plan knows; allowed: a100-40g"
     ):
-        plans.plan_experiment(experiment("llama2-70b/qlora"), None, 1, "a1000", False)
+        plans.plan_experiment(experiment("llama2-70b/qlora"), card="a1000")
     with pytest.raises(InputError, match="give one of them"):
-        plans.plan_experiment(experiment("llama2-70b/qlora"), None, 1, "a100-80g", True)
+        plans.plan_experiment(experiment("llama2-70b/qlora"), card="a100-80g", calibrate=True)
 
 
 def test_a_machine_measures_itself_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_a_machine_measures_itself_in_a_process_of_its_own(monkeypatch: pytest.M
         return subprocess.CompletedProcess(argv, 0, "noise\n" + json.dumps(measured) + "\n")
 
     monkeypatch.setattr(plans.subprocess, "run", run)
-    plan = plans.plan_experiment(experiment("llama2-7b/qlora"), None, 1, None, True)
+    plan = plans.plan_experiment(experiment("llama2-7b/qlora"), calibrate=True)
     (argv,) = started
     assert argv[:2] == ("-m", "pipelines.calibrate")
     assert argv[-4:] == ("--matrix", "4096x11008", "--tokens", "1024")
