@@ -4,14 +4,22 @@ Nothing is loaded and nothing is measured: the sizes come from ``config.json``, 
 the stages do. Every prompt and response is taken to be as long as the recipe allows.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from align.errors import InputError
-from align.plan_items import Item, Phase, StagePlan
-from align.plan_memory import CHUNK_ELEMENTS, FLOAT, Compute, activation_bytes, logprob_chunk_bytes
+from align.plan_items import Item, Phase, StagePlan, with_heap_holes
+from align.plan_memory import FLOAT, Compute, chunk_tokens, chunk_width, logprob_chunk_bytes
 from align.plan_model import Shape, small_llama
-from align.plan_setup import Setup, logits_item, mask_item, overhead, training_items
-from align.recipe import Recipe, StageData
+from align.plan_setup import (
+    Setup,
+    logits_item,
+    overhead,
+    responses_per_ranking,
+    rows_per_pass,
+    training_items,
+)
+from align.recipe import Recipe, StageName
 from align.recipe_ppo import Ppo
 from align.stages import planned_stages
 
@@ -19,31 +27,47 @@ _TRL_TOKENS, _TRL_VOCAB = 4096, 32768  # TRL takes the logits of SFT in tiles of
 _PROBE_ROWS = 4  # rows on which the SFT stage compares the saved adapter with the live one
 
 
-def plan_recipe(recipe: Recipe, base: Shape | None) -> tuple[StagePlan, ...]:
-    """Return the plan of every stage of a recipe that trains.
+def plan_recipe(
+    recipe: Recipe, base: Shape | None, *, on_cpu: bool = False
+) -> tuple[StagePlan, ...]:
+    """Return the plan of every stage of a recipe.
 
     Args:
         base: None: the recipe's pretrain stage makes it.
+        on_cpu: with what a CPU's memory needs more than a GPU's.
 
     Raises:
-        InputError: an adapter's target is not a layer of the base; the size of the vocabulary of
-            a base to be made is not known.
+        InputError: an adapter's target is not a layer of the base; see ``pretrained_shape``.
     """
     if recipe.adapter.method != "lora" or recipe.adapter.dora:
         used = "dora=true" if recipe.adapter.dora else f"method={recipe.adapter.method}"
         raise InputError(f"adapter.{used}: align plan only knows lora without dora")
-    if base is None:
-        assert recipe.pretrain is not None
-        vocab = recipe.tokenizer.vocab_size
-        if vocab is None:
-            raise InputError(
-                f"tokenizer.id={recipe.tokenizer.id}: its size is not known before it is loaded;"
-                " for the plan, give tokenizer.vocab_size as well"
-            )
-        base = small_llama(recipe.pretrain.model, vocab)
-    setup = Setup(recipe, base)
-    makers = {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "ppo": _ppo}
-    return tuple(makers[s](setup) for s in planned_stages(recipe) if s in makers)
+    setup = Setup(recipe, base or pretrained_shape(recipe), on_cpu)
+    makers: dict[StageName, Callable[[Setup], StagePlan]] = {
+        "pretrain": _pretrain,
+        "sft": _sft,
+        "reward": _reward,
+        "ppo": _ppo,
+        "evaluate": _evaluate,
+    }
+    plans = tuple(makers[stage](setup) for stage in planned_stages(recipe))
+    return tuple(with_heap_holes(plan) for plan in plans) if on_cpu else plans
+
+
+def pretrained_shape(recipe: Recipe) -> Shape:
+    """Return the shape of the base that a recipe's pretrain stage makes.
+
+    Raises:
+        InputError: the size of its vocabulary is not known.
+    """
+    assert recipe.pretrain is not None
+    vocab = recipe.tokenizer.vocab_size
+    if vocab is None:
+        raise InputError(
+            f"tokenizer.id={recipe.tokenizer.id}: its size is not known before it is loaded;"
+            " for the plan, give tokenizer.vocab_size as well"
+        )
+    return small_llama(recipe.pretrain.model, vocab)
 
 
 def _pretrain(setup: Setup) -> StagePlan:
@@ -54,15 +78,13 @@ def _pretrain(setup: Setup) -> StagePlan:
     full, count = Compute(FLOAT, None), shape.parameters
     gradients, states = training_items([count], section)
     kept = (
-        overhead(),
+        overhead("pretrain"),
         Item("model", count * FLOAT, f"{count:,} x {FLOAT} B", "weights"),
         states,
     )
-    # Checkpointing is a matter of the stages with adapters.
-    size = activation_bytes(shape, full, tokens, shape.layers, checkpointing=False)
     training = (
         gradients,
-        Item("activations", size, f"{tokens:,} tokens, {shape.layers} blocks"),
+        setup.activations(full, tokens, shape.layers, whole=True),
         logits_item("logits, log-softmax, slope", tokens, shape.vocab, 3 * FLOAT),
     )
     return StagePlan("pretrain", kept, (Phase("training", training),))
@@ -77,12 +99,14 @@ def _sft(setup: Setup) -> StagePlan:
     tokens = rows * longest
     adapter = setup.adapter("policy")
     gradients, states = training_items(shape.lora_tensors(recipe.adapter), section)
-    tile = min(tokens, _TRL_TOKENS) * min(shape.vocab, _TRL_VOCAB)
-    tile_width = width + 2 * FLOAT
+    # A tile of them in place on a GPU; on a CPU torch makes eight of its size and a mask.
+    part = min(shape.vocab, _TRL_VOCAB) if setup.on_cpu else _TRL_VOCAB
+    tile = min(tokens, _TRL_TOKENS) * part
+    tile_width = width + (8 * FLOAT + 1 if setup.on_cpu else 0)
     training = (
         gradients,
-        setup.activations(setup.compute(expanded=True), tokens, setup.adapted),
-        mask_item(*((1, tokens) if section.packing else (rows, longest))),
+        setup.activations(setup.padded(), tokens, setup.adapted),
+        setup.masks(*((1, tokens) if section.packing else (rows, longest))),
         Item("logits, a tile", tile * tile_width, f"{tile:,} x {tile_width} B"),
         *setup.dequantized(),
     )
@@ -97,11 +121,11 @@ def _sft(setup: Setup) -> StagePlan:
         rows = min(section.batch_size, section.samples)
         limits = recipe.data.max_prompt_tokens, recipe.data.max_response_tokens
         phases.append(Phase("sampling", tuple(setup.generation(rows, *limits))))
-    again = [replace(i, name=f"{i.name}, once more", kind="rest") for i in (*setup.base(), adapter)]
+    # The trained model is gone by then, and another one loaded.
     check = logits_item("logits of both", _PROBE_ROWS * longest, shape.vocab, 2 * width)
-    items = (*again, setup.forward(_PROBE_ROWS * longest), check, *setup.dequantized())
+    items = (setup.forward(_PROBE_ROWS * longest), check, *setup.dequantized())
     phases.append(Phase("check of what was saved", items))
-    return StagePlan("sft", (overhead(), *setup.base(), adapter, states), tuple(phases))
+    return StagePlan("sft", (overhead("sft"), *setup.base(), adapter, states), tuple(phases))
 
 
 def _reward(setup: Setup) -> StagePlan:
@@ -109,13 +133,13 @@ def _reward(setup: Setup) -> StagePlan:
     section, recipe = setup.recipe.reward, setup.recipe
     assert section is not None
     shape, longest = setup.shape, setup.longest
-    responses = _responses_per_ranking(recipe)
+    responses = responses_per_ranking(recipe)
     rows = responses * (section.micro_batch_size or section.batch_size)
     trained = [*shape.lora_tensors(recipe.adapter), shape.hidden]
     gradients, states = training_items(trained, section)
     # PEFT keeps the head as it was beside the one that is trained.
     kept = (
-        overhead(),
+        overhead("reward"),
         *setup.base(head=False),
         setup.adapter("reward"),
         setup.head("reward", copies=2),
@@ -123,20 +147,13 @@ def _reward(setup: Setup) -> StagePlan:
     )
     training = (
         gradients,
-        setup.activations(setup.compute(expanded=True), rows * longest, setup.adapted),
-        mask_item(rows, longest),
+        setup.activations(setup.padded(), rows * longest, setup.adapted),
+        setup.masks(rows, longest),
         *setup.dequantized(),
     )
     scoring_rows = 2 * (section.micro_batch_size or section.batch_size)
     scoring = (setup.forward(scoring_rows * longest), *setup.dequantized())
     return StagePlan("reward", kept, (Phase("training", training), Phase("scoring", scoring)))
-
-
-def _responses_per_ranking(recipe: Recipe) -> int:
-    """Return how many responses a ranking has: two, where only its file could say more."""
-    data: StageData | None = recipe.data.reward
-    worlds = [s.world for s in data.train] if data is not None else []
-    return recipe.data.world.responses_per_ranking if "rankings" in worlds else 2
 
 
 def _ppo(setup: Setup) -> StagePlan:
@@ -145,14 +162,14 @@ def _ppo(setup: Setup) -> StagePlan:
     assert section is not None
     roles, trained, critic = _roles(setup, section)
     gradients, states = training_items([*trained, *critic], section)
-    kept = [overhead(), *setup.base(), *roles, states]
+    kept = [overhead("ppo"), *setup.base(), *roles, states]
     if section.ema is not None:
         policy = sum(trained)
         kept.append(Item("moving average", policy * FLOAT, f"{policy:,} x {FLOAT} B"))
 
     prompt, response = recipe.data.max_prompt_tokens, section.max_new_tokens
     longest, width = prompt + response, setup.width
-    rows = _rows_per_pass(section, longest)
+    rows = rows_per_pass(section, longest)
     trunk: list[Item] = []
     native = section.rollout.engine == "native"
     if native and setup.adapted < shape.layers:
@@ -189,12 +206,7 @@ def _ppo(setup: Setup) -> StagePlan:
 def _roles(setup: Setup, section: Ppo) -> tuple[list[Item], list[int], list[int]]:
     """Return the roles' own weights, and the sizes of the policy's and critic's tensors."""
     shape = setup.shape
-    rewards = [name for source in section.reward_sources for name in source.models]
-    items = [setup.adapter("reference")]
-    for number in range(len(set(rewards))):
-        role = f"reward{number or ''}"
-        items += [setup.adapter(role), setup.head(role)]
-    items.append(setup.head("value"))
+    items = [setup.adapter("reference"), *_reward_roles(setup, section), setup.head("value")]
     sizes: dict[str, list[int]] = {"policy": [], "value": []}
     whole = {"policy": shape.parameters, "value": shape.parameters - shape.head}
     for role in sizes if section.value.trunk == "own" else ("policy",):
@@ -208,11 +220,15 @@ def _roles(setup: Setup, section: Ppo) -> tuple[list[Item], list[int], list[int]
     return items, sizes["policy"], [*sizes["value"], shape.hidden]
 
 
-def _rows_per_pass(section: Ppo, longest: int) -> int:
-    """Return how many of the longest rows go through one pass of the update."""
-    if section.max_tokens_per_microbatch is not None:
-        return min(max(1, section.max_tokens_per_microbatch // longest), section.minibatch_size)
-    return section.micro_batch_size or section.minibatch_size
+def _reward_roles(setup: Setup, section: Ppo | None) -> list[Item]:
+    """Return the reward models: those that PPO maximises, else the reward stage's."""
+    recipe, names = setup.recipe, {"reward"}
+    if section is not None:
+        names = {name for source in section.reward_sources for name in source.models}
+    elif recipe.reward is None and not recipe.run.parents.reward:
+        names = set()
+    roles = [f"reward{number or ''}" for number in range(len(names))]
+    return [item for role in roles for item in (setup.adapter(role), setup.head(role))]
 
 
 def _logprobs(setup: Setup, section: Ppo, rows: int) -> list[Item]:
@@ -221,17 +237,19 @@ def _logprobs(setup: Setup, section: Ppo, rows: int) -> list[Item]:
     tokens, width = rows * section.max_new_tokens, setup.width
     if section.rollout.engine == "hf":
         return [logits_item("logits, float32, log-softmax", tokens, vocab, width + 2 * FLOAT)]
-    chunk = logprob_chunk_bytes(vocab, width)
     slopes = 1 + (section.entropy_coef > 0)
     each = slopes * hidden * width + FLOAT * hidden  # and the critic's input in float32
     return [
-        Item(
-            "log-probabilities, a chunk",
-            chunk,
-            f"{max(1, CHUNK_ELEMENTS // vocab)} tokens x {vocab:,}",
-        ),
+        _chunk(setup),
         Item("their slopes", tokens * each, f"{tokens:,} tokens x {each:,} B"),
     ]
+
+
+def _chunk(setup: Setup) -> Item:
+    """Return what log-probabilities need at a time."""
+    vocab, width = setup.shape.vocab, setup.width
+    how = f"{chunk_tokens(vocab)} tokens x {vocab:,} x {chunk_width(width)} B"
+    return Item("log-probabilities, a chunk", logprob_chunk_bytes(vocab, width), how)
 
 
 def _beside_full_training(setup: Setup, *, head: bool) -> list[Item]:
@@ -242,6 +260,35 @@ def _beside_full_training(setup: Setup, *, head: bool) -> list[Item]:
     items = [Item("gradient of the head", outputs * FLOAT, how)] if head else []
     if width != FLOAT:
         linear = shape.linear + outputs
-        how = f"{linear:,} x {width} B (autocast)"
+        how = f"{linear:,} x {width} B; autocast"
         items.append(Item(f"weights in {setup.recipe.base.dtype}", linear * width, how))
     return items
+
+
+def _evaluate(setup: Setup) -> StagePlan:
+    """Every model of the run as an adapter on the base; answers, log-probabilities, scores."""
+    section, recipe, shape = setup.recipe.evaluate, setup.recipe, setup.shape
+    assert section is not None
+    ppo = recipe.ppo
+    kept = [overhead("evaluate"), *setup.base(), setup.adapter("reference")]
+    if ppo is not None and ppo.layout == "separate":
+        count = shape.parameters
+        kept.append(Item("policy", count * FLOAT, f"{count:,} x {FLOAT} B", "weights"))
+    elif ppo is not None:
+        kept.append(setup.adapter("policy"))
+    kept += _reward_roles(setup, ppo)
+
+    rows = min(section.batch_size, section.prompts)
+    prompt, response = recipe.data.max_prompt_tokens, section.max_new_tokens
+    answered, longest = rows * (prompt + response), section.batch_size * setup.longest
+    phases = [
+        Phase("answers", tuple(setup.generation(rows, prompt, response))),
+        Phase("their log-probabilities and scores", tuple(_looks(setup, answered))),
+        Phase("held-out loss and rankings", tuple(_looks(setup, longest))),
+    ]
+    return StagePlan("evaluate", tuple(kept), tuple(phases))
+
+
+def _looks(setup: Setup, tokens: int) -> list[Item]:
+    """Return a pass without gradients up to log-probabilities."""
+    return [setup.forward(tokens), _chunk(setup), *setup.dequantized()]

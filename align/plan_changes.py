@@ -121,6 +121,9 @@ def _smaller_micro_batches(recipe: Recipe, planner: Planner, memory: int, peak: 
 def _micro_batches(recipe: Recipe, stage: str) -> Iterator[Values]:
     """Yield a stage's smaller micro-batches, the largest first."""
     section = getattr(recipe, stage)
+    if stage == "evaluate":
+        yield from ({"evaluate.batch_size": rows} for rows in range(section.batch_size - 1, 0, -1))
+        return
     whole = section.minibatch_size if stage == "ppo" else section.batch_size
     now = section.micro_batch_size or whole
     budget = getattr(section, "max_tokens_per_microbatch", None)

@@ -27,6 +27,7 @@ class Compute:
         expanded: keys and values are copied for every query head, which attention with a mask
             needs (the trainers' padded batches).
         joined: attention's outputs are copied once more, to join the texts of a packed row.
+        dropout: every matrix of the adapter drops inputs of its own: a copy, and a GPU's byte each.
     """
 
     width: int
@@ -34,6 +35,7 @@ class Compute:
     adapter_width: int = FLOAT
     expanded: bool = False
     joined: bool = False
+    dropout: bool = False
 
 
 def adam_bytes(tensors: Sequence[int], optimizer: str = "adamw") -> int:
@@ -74,6 +76,8 @@ def _inputs(shape: Shape, compute: Compute) -> int:
         stored = compute.adapter_width
         copied = compute.adapter_width != compute.width
         ranks = stored * compute.adapter.r * len(trained)
+    if compute.dropout:
+        return (stored + 1) * sum(m.inputs for m in trained) + ranks
     if copied:  # every matrix makes a copy of its own
         return stored * sum(m.inputs for m in trained) + ranks
     # Else those side by side share one; attention's output is kept already, unless it was joined.
@@ -102,10 +106,14 @@ def activation_bytes(
         layers: blocks through which gradients flow.
         checkpointing: blocks keep their input only, and are computed again one at a time.
     """
+    each, once = activation_terms(shape, compute, checkpointing=checkpointing)
+    return tokens * (layers * each + once)
+
+
+def activation_terms(shape: Shape, compute: Compute, *, checkpointing: bool) -> tuple[int, int]:
+    """Return what a pass with gradients takes per token: in every block, and once."""
     kept, working = kept_per_token(shape, compute), working_per_token(shape, compute)
-    if checkpointing:
-        return tokens * (layers * compute.width * shape.hidden + kept + working)
-    return tokens * (layers * kept + working)
+    return (compute.width * shape.hidden, kept + working) if checkpointing else (kept, working)
 
 
 def logprob_chunk_bytes(vocab: int, width: int) -> int:
@@ -113,8 +121,17 @@ def logprob_chunk_bytes(vocab: int, width: int) -> int:
 
     Logits as computed and in float32, log-softmax, probabilities and their slope.
     """
-    numbers = max(vocab, CHUNK_ELEMENTS)
-    return numbers * ((0 if width == FLOAT else width) + 4 * FLOAT)
+    return chunk_tokens(vocab) * vocab * chunk_width(width)
+
+
+def chunk_tokens(vocab: int) -> int:
+    """Return how many tokens' logits make a chunk."""
+    return max(1, CHUNK_ELEMENTS // vocab)
+
+
+def chunk_width(width: int) -> int:
+    """Return the bytes that a chunk needs for each of its logits, of ``width`` bytes itself."""
+    return (0 if width == FLOAT else width) + 4 * FLOAT
 
 
 def cache_bytes(shape: Shape, rows: int, tokens: int, width: int) -> int:

@@ -8,18 +8,27 @@ from align.plan_memory import (
     FLOAT,
     Compute,
     activation_bytes,
+    activation_terms,
     adam_bytes,
     cache_bytes,
     sampling_bytes,
     working_per_token,
 )
 from align.plan_model import DTYPE_BYTES, Quantization, Shape, linear_bytes
-from align.recipe import Recipe
+from align.recipe import Recipe, StageData, StageName
+from align.recipe_ppo import Ppo
 from align.recipe_types import Optimisation
 
-# What Python, torch and its allocator take beside the tensors: 0.4 to 0.85 GB in published
-# measurements of 7B to 70B models on one GPU, 0.6 GB for a process on a CPU.
-OVERHEAD = 600 * 2**20
+# What a stage's process takes beside the tensors, in MiB: Python and the libraries, measured on a
+# CPU as they are imported and 30 more for what stages load while they work. A GPU's context and
+# allocator take about as much of the GPU: 0.4 to 0.85 GB in published measurements of 7B to 70B.
+LIBRARIES: dict[StageName, int] = {
+    "pretrain": 517,
+    "sft": 535,
+    "reward": 517,
+    "ppo": 434,
+    "evaluate": 434,
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,7 @@ class Setup:
 
     recipe: Recipe
     shape: Shape
+    on_cpu: bool = False
 
     @property
     def width(self) -> int:
@@ -53,8 +63,13 @@ class Setup:
         return self.shape.adapted_layers(self.recipe.adapter)
 
     def compute(self, *, joined: bool = False, expanded: bool = False) -> Compute:
-        """Return how adapters on the base are trained."""
+        """Return how adapters on the base are trained in PPO, which has no dropout."""
         return Compute(self.width, self.recipe.adapter, expanded=expanded, joined=joined)
+
+    def padded(self) -> Compute:
+        """Return how the stages before PPO train them: on padded rows."""
+        dropout = self.recipe.adapter.dropout > 0
+        return Compute(self.width, self.recipe.adapter, expanded=True, dropout=dropout)
 
     def base(self, *, head: bool = True) -> list[Item]:
         """Return the frozen base, with its output embeddings or without."""
@@ -65,16 +80,14 @@ class Setup:
             return [Item("base", count * width, f"{count:,} x {width} B", "weights")]
         double = self.recipe.base.double_quantization
         stored, constants = linear_bytes(shape, kind, double)
-        bits = "8" if kind == "int8" else "4"
-        how = f"scales of {shape.layers * len(shape.matrices):,} matrices"
+        share = "1" if kind == "int8" else "0.5"
+        scales = f"{shape.linear:,} / 64 x {'(1 + 4 / 256)' if double else '4'} B; and tables"
+        if kind == "int8":
+            outputs = shape.layers * sum(m.outputs for m in shape.matrices)
+            scales = f"{outputs:,} x {FLOAT} B"
         return [
-            Item(f"base in {kind}", stored, f"{shape.linear:,} x {bits} bits", "weights"),
-            Item(
-                "quantisation constants",
-                constants,
-                f"{how}{', doubly quantised' if double else ''}",
-                "weights",
-            ),
+            Item(f"base in {kind}", stored, f"{shape.linear:,} x {share} B", "weights"),
+            Item("quantisation constants", constants, scales, "weights"),
             Item("embeddings and norms", rest * width, f"{rest:,} x {width} B", "weights"),
         ]
 
@@ -88,7 +101,7 @@ class Setup:
     def adapter(self, role: str) -> Item:
         """Return a role's adapter."""
         count = sum(self.shape.lora_tensors(self.recipe.adapter))
-        how = f"{count:,} x {FLOAT} B (r={self.recipe.adapter.r})"
+        how = f"{count:,} x {FLOAT} B; r={self.recipe.adapter.r}"
         return Item(f"adapter: {role}", count * FLOAT, how, "weights")
 
     def head(self, role: str, copies: int = 1) -> Item:
@@ -96,16 +109,30 @@ class Setup:
         count = copies * self.shape.hidden + 2
         return Item(f"head: {role}", count * FLOAT, f"{count:,} x {FLOAT} B", "weights")
 
-    def activations(self, compute: Compute, tokens: int, layers: int) -> Item:
-        """Return a pass with gradients; both ways of doing it are in its arithmetic."""
-        both = [
-            activation_bytes(self.shape, compute, tokens, layers, checkpointing=on)
-            for on in (False, True)
-        ]
-        how = f"{tokens:,} tokens, {layers} blocks"
-        other = f"{'without' if self.checkpointing else 'with'} checkpointing"
-        how = f"{how}; {other} {both[not self.checkpointing] / 2**30:.2f} GiB"
-        return Item("activations", both[self.checkpointing], how)
+    def activations(
+        self, compute: Compute, tokens: int, layers: int, *, whole: bool = False
+    ) -> Item:
+        """Return a pass with gradients; what it would take otherwise is in its arithmetic.
+
+        Args:
+            whole: without checkpointing, whatever the recipe says.
+        """
+        on = self.checkpointing and not whole
+        each, once = activation_terms(self.shape, compute, checkpointing=on)
+        how = f"{tokens:,} tokens x ({layers} blocks x {each:,} + {once:,}) B"
+        if not whole:
+            other = activation_bytes(self.shape, compute, tokens, layers, checkpointing=not on)
+            how += f"; {'without' if on else 'with'} checkpointing {other / 2**30:.2f} GiB"
+        return Item("activations", tokens * (layers * each + once), how)
+
+    def masks(self, rows: int, tokens: int) -> Item:
+        """Return the attention mask of padded rows, and the copy that each block makes of it.
+
+        Attention takes a mask of true and false, and keeps it in the numbers that it computes in.
+        """
+        copies = 1 if self.checkpointing else self.adapted
+        how = f"{rows} rows x {tokens}^2 x (1 + {copies} blocks x {self.width}) B"
+        return Item("attention masks", rows * tokens**2 * (1 + copies * self.width), how)
 
     def forward(self, tokens: int) -> Item:
         """Return a pass without gradients."""
@@ -120,11 +147,12 @@ class Setup:
             f"2 x {shape.layers} blocks x {rows} rows x {prompt + response} tokens x"
             f" {shape.kv_heads * shape.head_dim} x {width} B"
         )
-        choice = sampling_bytes(rows, shape.vocab, width)
+        choice = sampling_bytes(1, 1, width)
+        sampled = f"{rows} rows x {shape.vocab:,} x {choice} B"
         return [
             Item("key-value cache", cache, how),
             self.forward(rows * prompt),
-            Item("choice of tokens", choice, f"{rows} rows x {shape.vocab:,} logits"),
+            Item("choice of tokens", rows * shape.vocab * choice, sampled),
             *self.dequantized(),
         ]
 
@@ -133,21 +161,33 @@ def training_items(tensors: Sequence[int], section: Optimisation) -> tuple[Item,
     """Return gradients and optimiser states of trained tensors of so many numbers each."""
     optimizer, count = section.optimizer, sum(tensors)
     gradients = Item("gradients", FLOAT * count, f"{count:,} x {FLOAT} B", "gradients")
-    how = f"two moments of {count:,} numbers"
+    how = f"2 x {count:,} x {FLOAT} B"
+    if optimizer.endswith("8bit"):
+        how = f"2 x {count:,} x (1 + 4 / 256) B; more where a tensor is small"
     states = Item(f"optimiser ({optimizer})", adam_bytes(tensors, optimizer), how, "states")
     return gradients, states
 
 
-def overhead() -> Item:
-    """Return what a process takes before any tensor."""
-    return Item("libraries, allocator", OVERHEAD, "a flat allowance")
-
-
-def mask_item(rows: int, tokens: int) -> Item:
-    """Return a batch's attention mask, one byte for each pair of tokens in a row."""
-    return Item("attention mask", rows * tokens**2, f"{rows} rows x {tokens}^2 x 1 B")
+def overhead(stage: StageName) -> Item:
+    """Return what a stage's process takes before any tensor."""
+    size = LIBRARIES[stage] * 2**20
+    return Item("interpreter and libraries", size, f"{LIBRARIES[stage]} x 2^20 B; measured")
 
 
 def logits_item(name: str, tokens: int, vocab: int, width: int) -> Item:
     """Return logits and what is computed from them, ``width`` bytes for each in all."""
     return Item(name, tokens * vocab * width, f"{tokens:,} tokens x {vocab:,} x {width} B")
+
+
+def responses_per_ranking(recipe: Recipe) -> int:
+    """Return how many responses a ranking has: two, where only its file could say more."""
+    data: StageData | None = recipe.data.reward
+    worlds = [s.world for s in data.train] if data is not None else []
+    return recipe.data.world.responses_per_ranking if "rankings" in worlds else 2
+
+
+def rows_per_pass(section: Ppo, longest: int) -> int:
+    """Return how many of the longest rows go through one pass of the update."""
+    if section.max_tokens_per_microbatch is not None:
+        return min(max(1, section.max_tokens_per_microbatch // longest), section.minibatch_size)
+    return section.micro_batch_size or section.minibatch_size

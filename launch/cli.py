@@ -177,15 +177,22 @@ def plan(
     overrides: Overrides = None,
     memory: Annotated[str | None, typer.Option(help="What there is, as 24GiB.")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the work.")] = 1,
+    card: Annotated[
+        str | None, typer.Option(help="A GPU, as a100-80g: its memory, and the time on it.")
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine, for the time on it.")
+    ] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Plan for main memory, not a GPU's.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say how much memory each stage needs, and what makes it fit; exit 1 if it does not."""
-    from launch.plan import make_plan, print_plan, read_memory  # nothing else needs it
+    """Say what memory and time each stage needs, and what makes it fit; exit 1 if it does not."""
+    from launch.plan import plan_experiment  # nothing else needs it
+    from launch.plan_print import print_plan
 
-    limit = read_memory(memory) if memory is not None else None
     experiment = experiments.open_recipe(recipe, overrides or (), _settings(as_json, debug))
-    result = make_plan(experiment.recipe, limit, gpus)
+    result = plan_experiment(experiment, memory, gpus, card, calibrate=calibrate, on_cpu=cpu)
     if as_json:
         _print_json(result)
     else:

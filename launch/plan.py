@@ -1,19 +1,28 @@
-"""``align plan``: how much memory a recipe needs, printed with its arithmetic."""
+"""``align plan``: what a recipe needs before anything of it is downloaded: memory, GPUs, time."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from align.errors import InputError
-from align.plan import plan_recipe
+from align.errors import AlignError, InputError
+from align.plan import plan_recipe, pretrained_shape
 from align.plan_changes import Proposal, cheapest
 from align.plan_items import Item, StagePlan
+from align.plan_memory import deepspeed_bytes, deepspeed_host_bytes
 from align.plan_model import Shape, read_shape
+from align.plan_time import Speed, StageWork, calibrated_speed, card_speed, plan_work
+from align.published import CARDS, CONFIGS
 from align.recipe import Recipe
 from align.stages import stage_directory
+from launch.command import Python
+from launch.experiment import Experiment
+from launch.packages import ROOT
 
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{kind}": size**power
@@ -35,20 +44,56 @@ def read_memory(text: str) -> int:
     return int(float(match[1]) * units[match[2].lower()])
 
 
-def base_shape(recipe: Recipe) -> Shape | None:
-    """Read the shape of the recipe's base; None where its pretrain stage makes it.
+def plan_experiment(
+    experiment: Experiment,
+    memory: str | None = None,
+    gpus: int = 1,
+    card: str | None = None,
+    *,
+    calibrate: bool = False,
+    on_cpu: bool = False,
+) -> dict[str, Any]:
+    """Return what ``make_plan`` does, for the options of the command.
+
+    Raises:
+        InputError: an option means nothing; or see ``base_shape`` and ``make_plan``.
+    """
+    if card is not None and calibrate:
+        raise InputError("--card and --calibrate: the time is that of one device; give one of them")
+    if card is not None and card not in CARDS:
+        raise InputError(f"--card={card}: not one that plan knows; allowed: {', '.join(CARDS)}")
+    if on_cpu and (card is not None or gpus > 1):
+        raise InputError("--cpu: has no GPUs; allowed without: --card, --gpus")
+    limit = read_memory(memory) if memory is not None else None
+    recipe, speed = experiment.recipe, None
+    shape = base_shape(recipe)
+    if card is not None:
+        limit = limit or CARDS[card].memory
+        speed = card_speed(card, CARDS[card], recipe.base.quantization != "none")
+    elif calibrate:
+        speed = _measure(experiment, shape)
+    return make_plan(recipe, shape, limit, gpus, speed, on_cpu=on_cpu)
+
+
+def base_shape(recipe: Recipe) -> Shape:
+    """Return the shape of the recipe's base: of the one it makes, or read off ``config.json``.
+
+    A hub id is looked up in the hub's cache, in ``align.published``, and only then on the hub.
 
     Raises:
         InputError: there is no ``config.json``, here or on the hub, or its model is not known.
     """
     if recipe.pretrain is not None and not recipe.run.parents.pretrain:
-        return None
+        return pretrained_shape(recipe)
     if recipe.base.id == "pretrain":
         file = stage_directory(recipe, "pretrain") / "model" / "config.json"
     elif Path(recipe.base.id).is_dir():
         file = Path(recipe.base.id) / "config.json"
     else:
-        file = _from_hub(recipe.base.id, recipe.base.revision)
+        cached = _cached(recipe.base.id, recipe.base.revision)
+        if cached is None and recipe.base.id in CONFIGS:
+            return read_shape(CONFIGS[recipe.base.id])
+        file = cached or _from_hub(recipe.base.id, recipe.base.revision)
     try:
         return read_shape(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
@@ -57,13 +102,20 @@ def base_shape(recipe: Recipe) -> Shape | None:
         raise InputError(f"{file}: cannot be read as a model's configuration: {error}") from None
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+def _cached(name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
 
     try:
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached)
+    except ValueError:  # not the form of a hub id
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except (OSError, ValueError) as error:  # what the hub's client raises are these
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -74,24 +126,63 @@ def _from_hub(name: str, revision: str | None) -> Path:
         ) from None
 
 
-def make_plan(recipe: Recipe, memory: int | None, gpus: int) -> dict[str, Any]:
-    """Return the plan as JSON: stages, ZeRO table, whether it fits, and what would make it fit.
+def _measure(experiment: Experiment, shape: Shape) -> Speed:
+    """Measure this machine, in a process of its own and with all its libraries.
 
     Raises:
-        InputError: the recipe trains nothing, or its base is not known.
+        AlignError: the process has failed.
     """
-    planner, peak = partial(plan_recipe, base=base_shape(recipe)), partial(_peak, gpus=gpus)
+    matrix = max(shape.matrices, key=lambda matrix: matrix.weights)
+    limits = experiment.recipe.data
+    tokens = min(1024, limits.max_prompt_tokens + limits.max_response_tokens)
+    sizes = ["--matrix", f"{matrix.inputs}x{matrix.outputs}", "--tokens", str(tokens)]
+    arguments = [str(experiment.file), *experiment.overrides, *sizes]
+    command = Python(sys.executable, ROOT, os.environ).module("pipelines.calibrate", arguments)
+    done = subprocess.run(
+        command.argv, env=os.environ | command.env, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise AlignError(f"--calibrate: the process ended with exit code {done.returncode}")
+    measured = json.loads(done.stdout.splitlines()[-1])
+    return calibrated_speed(**measured, quantized=experiment.recipe.base.quantization != "none")
+
+
+def make_plan(
+    recipe: Recipe,
+    shape: Shape,
+    memory: int | None,
+    gpus: int,
+    speed: Speed | None = None,
+    *,
+    on_cpu: bool = False,
+) -> dict[str, Any]:
+    """Return the plan as JSON: stages, ZeRO tables, time, whether it fits, and what makes it fit.
+
+    Args:
+        shape: of the recipe's base; see ``base_shape``.
+        memory: bytes on each GPU; None: not asked whether it fits.
+        speed: None: tokens and operations only.
+
+    Raises:
+        InputError: the recipe has no stage.
+    """
+    planner = partial(plan_recipe, base=shape, on_cpu=on_cpu)
+    peak = partial(_peak, gpus=gpus)
     stages = planner(recipe)
     if not stages:
-        raise InputError(f"{recipe.name}: has no stage that trains; nothing to plan")
+        raise InputError(f"{recipe.name}: has no section of a stage; nothing to plan")
     result: dict[str, Any] = {
         "name": recipe.name,
+        "base": {"id": recipe.base.id, "parameters": shape.parameters, "blocks": shape.layers},
         "peak_bytes": max(map(peak, stages)),
         "largest_stage": max(stages, key=peak).stage,
         "stages": {stage.stage: _stage(stage) for stage in stages},
+        "time": _time(plan_work(recipe, shape), shape, speed),
     }
     if gpus > 1:
         result |= {"gpus": gpus, "per_gpu": {s.stage: _shares(s, gpus) for s in stages}}
+        result["by_gpus"] = {n: _by_gpus(stages, n, memory) for n in _counts(gpus)}
+        result["full_training"] = {n: _full_training(shape, n) for n in _counts(gpus)}
     if memory is not None:
         result |= {"memory_bytes": memory, "fits": result["peak_bytes"] <= memory}
         if not result["fits"]:
@@ -106,9 +197,38 @@ def _peak(stage: StagePlan, gpus: int) -> int:
 
 
 def _shares(stage: StagePlan, gpus: int) -> dict[str, int]:
-    """Return the peak per GPU for each way of partitioning."""
+    """Return the peak per GPU for each way of partitioning, the simplest first."""
     shares = {f"ZeRO {number}": share for number, share in enumerate(stage.per_gpu(gpus))}
     return shares | {"ZeRO 3, offload": stage.offloaded(gpus)}
+
+
+def _counts(gpus: int) -> list[int]:
+    """Return the powers of two below a number of GPUs, and that number."""
+    return [*(2**n for n in range(gpus.bit_length()) if 2**n < gpus), gpus]
+
+
+def _by_gpus(stages: Sequence[StagePlan], gpus: int, memory: int | None) -> dict[str, Any]:
+    """Return the largest stage's peak for each way of partitioning, and the simplest that fits."""
+    by_stage = [_shares(stage, gpus) for stage in stages]
+    largest = {way: max(shares[way] for shares in by_stage) for way in by_stage[0]}
+    if memory is None:
+        return {"bytes": largest}
+    fitting = [way for way, share in largest.items() if share <= memory]
+    return {"bytes": largest, "needs": fitting[0] if fitting else None}
+
+
+def _full_training(shape: Shape, gpus: int) -> dict[str, int]:
+    """Return DeepSpeed's own estimates of training all weights of the base in 16 bits."""
+    largest = max(shape.vocab * shape.hidden, *(m.weights for m in shape.matrices))
+    estimate = partial(deepspeed_bytes, shape.parameters, largest, gpus)
+    return {
+        "ZeRO 2": estimate(stage=2, offload="none"),
+        "ZeRO 2, offload": estimate(stage=2, offload="optimizer"),
+        "ZeRO 3": estimate(stage=3, offload="none"),
+        "ZeRO 3, offload": estimate(stage=3, offload="optimizer"),
+        "ZeRO 3, offload all": estimate(stage=3, offload="all"),
+        "main memory": deepspeed_host_bytes(shape.parameters, gpus),
+    }
 
 
 def _stage(stage: StagePlan) -> dict[str, Any]:
@@ -127,6 +247,31 @@ def _items(items: Sequence[Item]) -> list[dict[str, Any]]:
     return [{"name": i.name, "bytes": i.bytes, "arithmetic": i.how} for i in items]
 
 
+def _time(works: Sequence[StageWork], shape: Shape, speed: Speed | None) -> dict[str, Any]:
+    """Return tokens and operations of every stage, and with a device its time."""
+    stages: dict[str, dict[str, Any]] = {}
+    for work in works:
+        parts = []
+        for part in work.parts:
+            facts: dict[str, Any] = {
+                "name": part.name,
+                "tokens": part.tokens,
+                "flops": part.flops,
+                "arithmetic": part.how,
+            }
+            if speed is not None:
+                facts["seconds"] = part.seconds(speed, shape.layers)
+            parts.append(facts)
+        keys = ("tokens", "flops") + (("seconds",) if speed is not None else ())
+        sums = {key: sum(part[key] for part in parts) for key in keys}
+        stages[work.stage] = sums | {"per_rows": work.per_rows, "parts": parts}
+    result: dict[str, Any] = {"device": speed.how if speed is not None else None, "stages": stages}
+    if speed is not None:
+        known = [stage for stage in stages.values() if stage["per_rows"] is None]
+        result["seconds"] = sum(stage["seconds"] for stage in known)
+    return result
+
+
 def _change(proposal: Proposal) -> dict[str, Any]:
     overrides = [f"{key}={json.dumps(value)}" for key, value in proposal.values.items()]
     return {
@@ -134,60 +279,3 @@ def _change(proposal: Proposal) -> dict[str, Any]:
         "reasons": list(proposal.reasons),
         "peak_bytes": proposal.peak,
     }
-
-
-def print_plan(plan: dict[str, Any]) -> None:
-    """Print a plan for a person."""
-    for name, stage in plan["stages"].items():
-        print(f"{name}: {_size(stage['peak_bytes'])} in {stage['largest_phase']}")
-        print("  throughout")
-        _print_items(stage["kept"])
-        for title, phase in stage["phases"].items():
-            print(f"  {title}: {_size(phase['bytes'])} with all of the above")
-            _print_items(phase["items"])
-        print()
-    if "per_gpu" in plan:
-        _print_shares(plan)
-    where = f"on each of {plan['gpus']} GPUs" if "gpus" in plan else "on one device"
-    print(f"largest: {plan['largest_stage']}, {_size(plan['peak_bytes'])} {where}")
-    if "fits" in plan:
-        _print_verdict(plan)
-
-
-def _print_items(items: list[dict[str, Any]]) -> None:
-    for item in items:
-        print(f"    {item['name']:32} {_size(item['bytes']):>12}   {item['arithmetic']}")
-
-
-def _print_shares(plan: dict[str, Any]) -> None:
-    memory = plan.get("memory_bytes")
-    columns = list(next(iter(plan["per_gpu"].values())))
-    print(f"per GPU, of {plan['gpus']}, micro-batches as they are" + (" (* fits)" * bool(memory)))
-    print(" " * 10 + "".join(f"{column:>17}" for column in columns))
-    for stage, shares in plan["per_gpu"].items():
-        cells = [
-            _size(share) + (" *" if memory is not None and share <= memory else "  ")
-            for share in shares.values()
-        ]
-        print(f"  {stage:8}" + "".join(f"{cell:>17}" for cell in cells).rstrip())
-    print("  offload: the optimiser's states in main memory\n")
-
-
-def _print_verdict(plan: dict[str, Any]) -> None:
-    verdict = "fits into" if plan["fits"] else "does not fit into"
-    print(f"{verdict} {_size(plan['memory_bytes'])}")
-    if plan["fits"]:
-        return
-    none = "none of the changes that plan knows makes it fit: take a smaller base"
-    print("the cheapest changes that make it fit:" if plan["changes"] else none)
-    for change in plan["changes"]:
-        print(f"  {' '.join(change['overrides'])}   ({_size(change['peak_bytes'])})")
-        for reason in change["reasons"]:
-            print(f"    {reason}")
-
-
-def _size(number: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if number >= size / 10:
-            return f"{number / size:.2f} {unit}"
-    return f"{number} B"

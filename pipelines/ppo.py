@@ -17,15 +17,18 @@ from align.errors import TrainingError
 from align.functional import next_kl_coef
 from align.machine import peak_bytes
 from align.models import base_location
+from align.recipe import Recipe
 from align.recipe_ppo import Ppo
 from align.roles import Role, Roles
 from align.seeds import derive_seed
+from align.sequences import join
 from data.order import draw
 from pipelines.load_roles import LoadedRoles, load_roles, usable_prompts
+from pipelines.memory_check import check_memory
 from pipelines.policy_copies import KeptPolicy
 from pipelines.probe import Probe
 from pipelines.ptx import Ptx
-from pipelines.rollout import Rollout, collect, now
+from pipelines.rollout import Rollout, collect, now, passes
 from pipelines.scoring import ppo_scorer, reward_roles
 from pipelines.shaping import ScoreScaler, estimate
 from pipelines.stage import StageJob, StageResult
@@ -47,6 +50,7 @@ def run(job: StageJob) -> StageResult:
     roles = loaded.roles
     score = ppo_scorer(job, section, loaded)
     prompts = usable_prompts(job, loaded, job.data["prompts"].train)
+    longest = max(len(loaded.renderer.prompt(prompt.messages)) for prompt in prompts)
     ptx = Ptx(job, loaded, section) if section.ptx is not None else None
     engine = _engine(roles, section)
     updater = Updater(roles, engine, section, ptx=ptx, tolerance=tolerance)
@@ -54,6 +58,7 @@ def run(job: StageJob) -> StageResult:
     kept = KeptPolicy(section, roles, Probe(job, loaded, score), scaler)
     frozen = _checksum(roles)
     kl_coef = section.kl.coef or section.kl.loss_coef
+    _try_longest(recipe, loaded, engine, updater, longest)
     job.log.start(section.steps)
 
     metrics = kept.look(0, {}, kl_coef)
@@ -114,6 +119,36 @@ def _load(job: StageJob, section: Ppo) -> LoadedRoles:
         trainable=("policy", "value"),
         engine=section.rollout.engine,
     )
+
+
+def _try_longest(
+    recipe: Recipe, loaded: LoadedRoles, engine: Engine, updater: Updater, longest: int
+) -> None:
+    """Go once through the longest texts there can be; see ``pipelines.memory_check``.
+
+    A rollout's prompts, with room in the cache for whole responses (but any token ends them), and
+    a micro-batch of the update.
+    """
+    section, roles, token = recipe.ppo, loaded.roles, loaded.end_ids[0]
+    assert section is not None
+    prompt, response = [token] * longest, [token] * section.max_new_tokens
+    rows = len(passes((longest + len(response),) * section.minibatch_size, section)[0])
+
+    def step() -> None:
+        roles.generate(
+            "policy",
+            [prompt] * (section.rollout.batch_size or section.batch_size),
+            max_new_tokens=section.max_new_tokens,
+            temperature=section.temperature,
+            end_ids=range(roles.base.config.vocab_size),
+            pad_id=loaded.pad_id,
+            seed=0,
+        )
+        sequences = join([prompt] * rows, [response] * rows).to(roles.device)
+        updater.try_backward(roles.with_trunk(sequences))
+
+    what = f"prompts of {longest} and responses of {section.max_new_tokens} tokens"
+    check_memory(recipe, "ppo", engine.parameters, step, what)
 
 
 def _engine(roles: Roles, section: Ppo) -> Engine:

@@ -25,10 +25,11 @@ from align.models import (
     recipe_base_facts,
     recompute_activations,
 )
-from align.recipe import Recipe
+from align.recipe import Recipe, Reward
 from align.seeds import derive_seed
 from data.records import Demonstration, Ranking, Record, as_demonstration
 from data.render import Renderer, Unusable, render_all
+from pipelines.memory_check import check_memory
 from pipelines.stage import StageJob, StageResult
 from pipelines.trainer_log import connect, num_steps, training_arguments
 from reward.calibrate import center_on
@@ -289,10 +290,33 @@ def _train(job: StageJob, model: RewardModel, tokens: Tokenized) -> int:
         train_dataset=tokens.train,
         data_collator=lambda rows: collate(rows, tokens.pad_id),
     )
+    _try_longest(job.recipe, section, model, tokens)
     connect(trainer, job.log)
     trainer.train()
     model.eval()
     return steps
+
+
+def _try_longest(recipe: Recipe, section: Reward, model: RewardModel, tokens: Tokenized) -> None:
+    """Go once through the longest micro-batch there is; see ``pipelines.memory_check``."""
+
+    def width(ranking: RankedTokens) -> int:
+        return max(len(prompt) + len(response) for prompt, response in ranking.rows())
+
+    count = section.micro_batch_size or section.batch_size
+    longest = sorted(tokens.train, key=lambda row: width(row) * len(row.responses))[-count:]
+
+    def step() -> Tensor:
+        batch = collate(longest, tokens.pad_id)
+        model.train()
+        scores: Tensor = model(
+            batch["input_ids"].to(compute_device()), batch["attention_mask"].to(compute_device())
+        )
+        return scores.sum()
+
+    rows = sum(len(ranking.responses) for ranking in longest)
+    what = f"{rows} responses of up to {max(map(width, longest))} tokens"
+    check_memory(recipe, "reward", list(model.parameters()), step, what)
 
 
 def _scorer(model: RewardModel, batch_size: int, pad_id: int) -> Callable[[Sequence[Row]], Tensor]:

@@ -4,14 +4,17 @@ Rows come from ``data.render`` with their labels; TRL's trainer neither renders,
 nor truncates anything here.
 """
 
+import gc
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig
@@ -38,6 +41,7 @@ from data.records import Demonstration, Ranking, Record, Text, as_demonstration,
 from data.render import IGNORED, Renderer, Tokens, render_all
 from data.tokenizer import prepare_tokenizer
 from pipelines.heldout import heldout_loss, perplexity
+from pipelines.memory_check import check_memory
 from pipelines.stage import StageJob, StageResult
 from pipelines.trainer_log import connect, num_steps, training_arguments
 
@@ -69,6 +73,7 @@ def run(job: StageJob) -> StageResult:
     base_parameters = base_model.num_parameters()
     model = add_adapter(base_model, recipe)
     trainer = make_trainer(job, section, model, tokenizer, train)
+    try_longest(recipe, section, trainer)
     callback = connect(trainer, job.log)
     share = trained_share(model, base_parameters)
     job.log.note(f"sft  {say_share(recipe.adapter.method, share)}")
@@ -89,7 +94,12 @@ def run(job: StageJob) -> StageResult:
         key: metrics[key] for key in ("perplexity", "eos_rate") if key in metrics
     }
     job.log.log(trainer.state.global_step, final)
-    check_reload(recipe, location, folder, model, (heldout or train)[:_PROBE_ROWS])
+    probe = (heldout or train)[:_PROBE_ROWS]
+    expected = probe_logits(model, probe)
+    # The live model goes first: two of them need not fit into memory.
+    del model, base_model, trainer
+    gc.collect()
+    check_reload(recipe, location, folder, probe, expected)
     return StageResult(metrics, ("model",), tokenizer, base)
 
 
@@ -194,21 +204,46 @@ def make_trainer(
     return trainer
 
 
+def try_longest(recipe: Recipe, section: Sft, trainer: SFTTrainer) -> None:
+    """Go once through the longest micro-batch there is; see ``pipelines.memory_check``."""
+    rows, model = cast(Dataset, trainer.train_dataset), cast(PreTrainedModel, trainer.model)
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    count = section.micro_batch_size or section.batch_size
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-count:]
+
+    def step() -> Tensor:
+        batch = trainer.data_collator([rows[i] for i in longest])
+        model.train()
+        loss: Tensor = trainer.compute_loss(model, send_to_device(batch, model.device))
+        return loss
+
+    what = f"{len(longest)} rows of up to {lengths[longest[-1]]} tokens"
+    check_memory(recipe, "sft", list(model.parameters()), step, what)
+
+
+@torch.no_grad()
+def probe_logits(model: Trained, rows: Sequence[Tokens]) -> Tensor:
+    """Return the logits of some rows, ``[B, T, V]``, in evaluation mode, which is left on."""
+    batch = collate_demonstrations(list(rows), pad_id=0)
+    del batch["labels"]
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    logits: Tensor = model.eval()(**inputs, use_cache=False).logits
+    return logits
+
+
 def check_reload(
-    recipe: Recipe, location: str, folder: Path, model: Trained, rows: Sequence[Tokens]
+    recipe: Recipe, location: str, folder: Path, rows: Sequence[Tokens], here: Tensor
 ) -> None:
     """Load what was saved, an adapter on a fresh base, and compare logits with the trained model's.
+
+    Args:
+        here: ``probe_logits`` of the trained model.
 
     Raises:
         TrainingError: they differ.
     """
     fresh = load_trained(recipe, location, folder)
-    batch = collate_demonstrations(list(rows), pad_id=0)
-    del batch["labels"]
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    with torch.no_grad():
-        here = model.eval()(**inputs, use_cache=False).logits
-        again = fresh.eval().to(model.device)(**inputs, use_cache=False).logits
+    again = probe_logits(fresh.to(here.device), rows)
     if not torch.equal(here, again):
         worst = (here - again).abs().max().item()
         raise TrainingError(

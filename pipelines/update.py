@@ -103,6 +103,13 @@ class Updater:
             metrics["ppo/explained_variance"] = explained
         return metrics
 
+    def try_backward(self, sequences: Sequences) -> None:
+        """Add the gradients of a micro-batch, whatever they are: for the memory that it takes."""
+        mask = sequences.response_mask
+        zeros = torch.zeros(mask.shape, device=mask.device)
+        part = Part(sequences, mask, zeros, zeros, zeros, zeros, zeros, num_tokens=mask.sum())
+        self._backward(part, self._section.kl.loss_coef, policy=True)
+
     def _parts(
         self, rollout: Rollout, estimates: Estimates, rows: list[int], num_tokens: Tensor
     ) -> list[Part]:

@@ -20,6 +20,7 @@ from align.plan_memory import (
     zero_per_gpu,
 )
 from align.plan_model import Shape, linear_bytes, read_shape
+from align.published import CONFIGS
 from align.recipe_adapter import Adapter
 from align.recipe_io import load_recipe
 from launch.plan import read_memory
@@ -27,25 +28,9 @@ from launch.plan import read_memory
 ROOT = Path(__file__).resolve().parents[2]
 GB, GIB, MIB = 10**9, 2**30, 2**20
 
-LLAMA2 = {  # hidden, intermediate, layers, heads, key-value heads
-    "7B": (4096, 11008, 32, 32, 32),
-    "13B": (5120, 13824, 40, 40, 40),
-    "70B": (8192, 28672, 80, 64, 8),
-}
-
 
 def config(size: str) -> dict[str, object]:
-    hidden, inner, layers, heads, kv_heads = LLAMA2[size]
-    return {
-        "model_type": "llama",
-        "vocab_size": 32000,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "tie_word_embeddings": False,
-    }
+    return CONFIGS[f"meta-llama/Llama-2-{size.lower()}-hf"]
 
 
 def llama2(size: str) -> Shape:
@@ -299,4 +284,4 @@ def test_a_base_without_configuration_is_refused(place: Path) -> None:
 
 def test_a_recipe_that_makes_its_base_needs_nothing_else(tmp_path: Path) -> None:
     plan = json.loads(align(tmp_path, "miniature", "--json").stdout)
-    assert list(plan["stages"]) == ["pretrain", "sft", "reward", "ppo"]
+    assert list(plan["stages"]) == ["pretrain", "sft", "reward", "ppo", "evaluate"]

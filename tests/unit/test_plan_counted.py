@@ -12,6 +12,7 @@ from align.plan import plan_recipe
 from align.plan_items import Kind, StagePlan
 from align.plan_memory import Compute, adam_bytes, kept_per_token
 from align.plan_model import linear_bytes, read_shape
+from align.plan_setup import Setup
 from align.recipe import Recipe
 from align.recipe_adapter import Adapter
 from align.recipe_ppo import Ppo
@@ -262,6 +263,29 @@ def test_activations_are_those_that_autograd_keeps(tmp_path, dtype, texts, make)
     compute = Compute(width, Adapter(r=4, alpha=8.0), joined=texts > 1)
     expected = kept_per_token(read_shape(base.config.to_dict()), compute)
     counted = (kept[1] - kept[0]) / 4 / (64 * texts)
+    assert counted == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_activations_of_the_stages_before_ppo_are_those_that_autograd_keeps(dtype, dropout) -> None:
+    """Padded rows and PEFT's own layers. Dropout's mask takes 4 bytes on a CPU, where a GPU's 1."""
+    made = recipe(base={"id": "x", "dtype": dtype}, adapter={"r": 4, "dropout": dropout})
+    kept = []
+    for depth in (2, 6):
+        model = add_adapter(deep(tiny.llama, depth).to(getattr(torch, dtype)), made).train()
+        counter = Kept(model)
+        mask = torch.ones(3, 48, dtype=torch.long)
+        mask[0, 40:] = 0
+        with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda t: t):
+            model.base_model.model.model(torch.full((3, 48), 5), attention_mask=mask)
+        kept.append(stored(counter.tensors))
+    shape = read_shape(model.config.to_dict())
+    setup = Setup(made, shape)
+    expected = kept_per_token(shape, setup.padded()) + 48 * setup.width  # a row of the mask
+    if dropout:
+        expected += (4 - 1) * sum(m.inputs for m in shape.matrices)
+    counted = (kept[1] - kept[0]) / 4 / (3 * 48)
     assert counted == pytest.approx(expected, rel=0.01)
 
 

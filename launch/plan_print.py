@@ -1,0 +1,102 @@
+"""A plan as text: every number beside its arithmetic, then the sums and the verdict."""
+
+from typing import Any
+
+_ZERO_NOTE = """\
+  offload: the optimiser's states in main memory. A plan only: Align trains in one process so far"""
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """Print what ``launch.plan.make_plan`` returns, for a person."""
+    base = plan["base"]
+    print(f"base: {base['id']}, {base['parameters']:,} parameters in {base['blocks']} blocks\n")
+    for name, stage in plan["stages"].items():
+        print(f"{name}: {_size(stage['peak_bytes'])} in {stage['largest_phase']}")
+        print("  throughout")
+        _print_items(stage["kept"])
+        for title, phase in stage["phases"].items():
+            print(f"  {title}: {_size(phase['bytes'])} with all of the above")
+            _print_items(phase["items"])
+        print()
+    _print_time(plan["time"])
+    if "gpus" in plan:
+        _print_gpus(plan)
+    where = f"on each of {plan['gpus']} GPUs" if "gpus" in plan else "on one device"
+    print(f"largest: {plan['largest_stage']}, {_size(plan['peak_bytes'])} {where}")
+    if "fits" in plan:
+        _print_verdict(plan)
+
+
+def _print_items(items: list[dict[str, Any]]) -> None:
+    for item in items:
+        print(f"    {item['name']:32} {_size(item['bytes']):>12}   {item['arithmetic']}")
+
+
+def _print_time(time: dict[str, Any]) -> None:
+    device = time["device"] or "for seconds, name a --card or --calibrate this machine"
+    print(f"tokens and time at most, all texts as long as allowed; {device}")
+    for name, stage in time["stages"].items():
+        rows = stage["per_rows"]
+        remark = f"   for {rows:,} rows: `rows` of its sources says how many" if rows else ""
+        print(f"  {name:10} {stage['tokens']:>15,} tokens{_duration(stage)}{remark}")
+        for part in stage["parts"]:
+            print(f"    {part['name']:26}{_duration(part)} {part['arithmetic']}")
+    if "seconds" in time:
+        print(f"  together{_duration(time)}")
+    print()
+
+
+def _duration(facts: dict[str, Any]) -> str:
+    """Return operations, and seconds where they are known."""
+    if "seconds" not in facts:
+        return f"{facts['flops'] / 1e15:12.4g} PFLOP"
+    seconds = facts["seconds"]
+    text = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+    operations = f"{facts['flops'] / 1e15:12.4g} PFLOP" if "flops" in facts else ""
+    return f"{operations}{text:>12}"
+
+
+def _print_gpus(plan: dict[str, Any]) -> None:
+    memory = plan.get("memory_bytes")
+    rows = {count: facts["bytes"] for count, facts in plan["by_gpus"].items()}
+    print("per GPU, largest stage, micro-batches as they are" + (" (* fits)" if memory else ""))
+    _print_table(rows, memory)
+    for count, facts in plan["by_gpus"].items():
+        if "needs" in facts:
+            way = facts["needs"]
+            print(f"  {count} x: {f'{way} is enough' if way else 'does not fit'}")
+    print(_ZERO_NOTE)
+    parameters = plan["base"]["parameters"]
+    print(f"\ntraining all {parameters:,} weights in 16 bits, by DeepSpeed's own estimates")
+    _print_table(plan["full_training"], memory)
+    print("  without activations; main memory: what offloading with ZeRO 2 needs\n")
+
+
+def _print_table(rows: dict[int, dict[str, int]], memory: int | None) -> None:
+    print("  GPUs" + "".join(f"{column:>21}" for column in next(iter(rows.values()))))
+    for count, shares in rows.items():
+        cells = [
+            _size(share) + (" *" if share <= (memory or 0) and way != "main memory" else "  ")
+            for way, share in shares.items()
+        ]
+        print(f"  {count:4}" + "".join(f"{cell:>21}" for cell in cells).rstrip())
+
+
+def _print_verdict(plan: dict[str, Any]) -> None:
+    verdict = "fits into" if plan["fits"] else "does not fit into"
+    print(f"{verdict} {_size(plan['memory_bytes'])}")
+    if plan["fits"]:
+        return
+    none = "none of the changes that plan knows makes it fit: take a smaller base"
+    print("the cheapest changes that make it fit:" if plan["changes"] else none)
+    for change in plan["changes"]:
+        print(f"  {' '.join(change['overrides'])}   ({_size(change['peak_bytes'])})")
+        for reason in change["reasons"]:
+            print(f"    {reason}")
+
+
+def _size(number: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= size / 10:
+            return f"{number / size:.2f} {unit}"
+    return f"{number} B"
