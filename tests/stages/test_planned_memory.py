@@ -28,7 +28,7 @@ data:
   max_response_tokens: {response}
   sft: {{train: [{{path: sft.jsonl}}]}}
   reward: {{train: [{{path: pairs.jsonl}}]}}
-  prompts: {{train: [{{path: sft.jsonl}}]}}
+  prompts: {{train: [{{path: sft.jsonl}}], heldout: [{{path: sft.jsonl}}]}}
 sft: {{lr: 1.0e-4, batch_size: 8, samples: 0}}
 reward: {{lr: 1.0e-4, batch_size: 4}}
 ppo:
