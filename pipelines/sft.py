@@ -8,7 +8,7 @@ import gc
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -243,7 +243,8 @@ def check_reload(
         TrainingError: they differ.
     """
     fresh = load_trained(recipe, location, folder)
-    again = probe_logits(fresh.to(here.device), rows)
+    fresh.to(cast(Any, here.device))
+    again = probe_logits(fresh, rows)
     if not torch.equal(here, again):
         worst = (here - again).abs().max().item()
         raise TrainingError(
