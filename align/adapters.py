@@ -111,7 +111,12 @@ def check_trained(model: nn.Module) -> None:
 
 
 def save_adapter(
-    model: PeftModel, folder: Path, adapter_name: str = "default", *, base: str
+    model: PeftModel,
+    folder: Path,
+    adapter_name: str = "default",
+    *,
+    base: str,
+    revision: str | None,
 ) -> None:
     """Write one adapter of ``model`` as a flat folder of safetensors and configuration.
 
@@ -119,6 +124,7 @@ def save_adapter(
         folder: must not hold an adapter already.
         base: where the base was loaded from. If it is the result of a stage, its path relative to
             ``folder`` is stored, so that the two can be moved together.
+        revision: the commit of a base from the hub, so that the adapter comes back on that one.
 
     Raises:
         FileExistsError: there is an adapter in the folder.
@@ -139,6 +145,7 @@ def save_adapter(
             source = source / adapter_name
         settings = json.loads((source / CONFIG).read_text(encoding="utf-8"))
         settings["base_model_name_or_path"] = stored_base(base, folder)
+        settings["revision"] = revision
         for key in ("target_modules", "modules_to_save"):
             if isinstance(settings.get(key), list):
                 settings[key] = sorted(settings[key])

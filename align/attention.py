@@ -144,11 +144,10 @@ def why_not_packed(config: PretrainedConfig) -> str | None:
     """Return why a model of this configuration cannot run on packed rows, or None if it can."""
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         return "its attention sees a sliding window only"
-    if len(set(getattr(config, "layer_types", None) or ["full_attention"])) > 1:
-        return "its layers differ in their kind of attention"
-    for key in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale"):
-        if getattr(config, key, None):
-            return f"its configuration sets {key}"
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return "some of its layers have no full attention"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "its configuration sets attn_logit_softcapping"
     return None
 
 

@@ -1,5 +1,7 @@
 """The errors that a user can cause; the command prints them without a stack trace."""
 
+import signal
+
 
 class AlignError(Exception):
     """A failure with a message for the user. ``exit_code`` is what the command returns."""
@@ -8,7 +10,11 @@ class AlignError(Exception):
 
 
 class InputError(AlignError, ValueError):
-    """Something given to us is wrong: exit code 2, nothing written."""
+    """Something given to us is wrong: exit code 2.
+
+    Refused before anything is written wherever it can be known before; a reward function that
+    fails in the middle of PPO cannot.
+    """
 
     exit_code = 2
 
@@ -26,4 +32,10 @@ class ParentError(InputError):
 
 
 class TrainingError(AlignError, RuntimeError):
-    """Training was stopped before damage: a non-finite loss, a broken step-0 check, a KL stop."""
+    """Training was stopped before damage: a non-finite loss, a broken step-0 check."""
+
+
+def stopped_by(signum: int) -> str:
+    """Return what to tell a user whose signal has ended a process."""
+    name = signal.Signals(signum).name
+    return f"stopped by {name}; the same command makes what is not finished"

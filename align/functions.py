@@ -48,11 +48,20 @@ def load_function(name: str) -> Callable[..., Any]:
 def _load_file(path: Path) -> Any:
     if not path.is_file():
         raise RecipeError(f"{path}: no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # One module per file, however often it is named; under a name that no other can have.
+    name = f"{path.stem} in {path.resolve().parent}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[name] = module  # dataclasses and pickle look there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

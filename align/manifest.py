@@ -7,15 +7,18 @@ relative to the stage's folder: a run tree can be moved.
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from align.errors import ParentError
+from align.errors import InputError, ParentError
 from align.recipe import StageName
 
 FILE = "stage.json"
+METRICS = "metrics.jsonl"
+MARKS = (FILE, METRICS)  # what tells a stage's folder from any other
 
 
 class _Part(BaseModel):
@@ -53,11 +56,15 @@ class BaseFacts(_Part):
 
 
 class ParentFacts(_Part):
-    """A stage that this one was made from. ``sha256`` covers all of its outputs."""
+    """A stage that this one was made from. ``sha256`` covers all of its outputs.
+
+    ``in_chain`` is False for a reward model that PPO was given besides the recipe's own stages.
+    """
 
     stage: StageName
     path: str
     sha256: str
+    in_chain: bool = True
 
 
 class DataFacts(_Part):
@@ -167,6 +174,43 @@ def read_manifest(directory: Path, stage: StageName) -> Manifest:
     if manifest.stage != stage:
         raise ParentError(f"{directory}: holds stage {manifest.stage}; stage {stage} is needed")
     return manifest
+
+
+def check_replaceable(directory: Path) -> None:
+    """Refuse to put a stage in the place of something else: a folder that no stage has made.
+
+    Raises:
+        InputError: it holds something, and none of ``MARKS``.
+    """
+    if not directory.is_dir() or any((directory / mark).is_file() for mark in MARKS):
+        return
+    first = min((path.name for path in directory.iterdir()), default=None)
+    if first is not None:
+        raise InputError(
+            f"{directory}: would be replaced, and is no stage's folder: it holds {first}, but"
+            f" neither {' nor '.join(MARKS)}; change name or run.root"
+        )
+
+
+def begin_folder(directory: Path) -> None:
+    """Make a stage's folder, empty but for its mark; an earlier result in it is removed.
+
+    Raises:
+        InputError: it is the folder of something else; see ``check_replaceable``.
+    """
+    check_replaceable(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    # The manifest goes first: a half-removed result must not look like a finished one. The mark is
+    # there before and after, so that a kill in between leaves what may be replaced.
+    mark = directory / METRICS
+    mark.touch()
+    (directory / FILE).unlink(missing_ok=True)
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != mark:
+            path.unlink()
+    mark.write_bytes(b"")
 
 
 def check_same_origin(manifests: dict[str, Manifest]) -> None:

@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from align.errors import TrainingError
-
-FILE = "metrics.jsonl"
+from align.manifest import METRICS
 
 # What a progress line has room for, in this order; everything else is in the file.
 _SHOWN = (
@@ -45,7 +44,7 @@ class MetricsLog:
         self, directory: Path, tracker: Tracker | None, console: Console, name: str = ""
     ) -> None:
         """Append to ``directory/metrics.jsonl``; ``name`` stands at the start of every line."""
-        self._path = directory / FILE
+        self._path = directory / METRICS
         self._tracker = tracker
         self._console = console
         self._name = name

@@ -25,7 +25,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from align.adapters import lora_config, save_adapter
 from align.errors import InputError
 from align.manifest import BaseFacts, sha256_file
 from align.quantization import (
@@ -36,23 +35,6 @@ from align.quantization import (
 )
 from align.recipe import Base, Recipe, SmallLlama
 from align.stages import stage_directory
-
-__all__ = [
-    "base_config",
-    "base_facts",
-    "base_location",
-    "check_lengths",
-    "compute_device",
-    "load_causal_lm",
-    "load_settings",
-    "lora_config",
-    "neutral_generation",
-    "new_llama",
-    "recipe_base_facts",
-    "recompute_activations",
-    "save_adapter",
-    "without_dropout",
-]
 
 _FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "*.jinja")
 _TOKENIZER_FILES = ("special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json")
@@ -250,11 +232,7 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
 
 def dtype(base: Base) -> torch.dtype:
     """Return the recipe's dtype of the base weights."""
-    return {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }[base.dtype]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[base.dtype]
 
 
 def first_line(error: Exception) -> str:

@@ -140,7 +140,6 @@ def _ppo(setup: Setup) -> StagePlan:
     """Policy, reference, reward models and critic; rollout, scores, update."""
     section, recipe, shape = setup.recipe.ppo, setup.recipe, setup.shape
     assert section is not None
-    separate = section.layout == "separate"
     roles, trained, critic = _roles(setup, section)
     gradients, states = training_items([*trained, *critic], section)
     kept = [overhead(), *setup.base(), *roles, states]
@@ -153,12 +152,12 @@ def _ppo(setup: Setup) -> StagePlan:
     rows = _rows_per_pass(section, longest)
     trunk: list[Item] = []
     native = section.rollout.engine == "native"
-    if native and setup.adapted < shape.layers and not separate:
+    if native and setup.adapted < shape.layers:
         count = section.batch_size * longest * shape.hidden
         trunk = [Item("states below the adapters", count * width, f"{count:,} x {width} B")]
     compute = setup.compute(joined=native and rows > 1, expanded=not native)
     layers = setup.adapted
-    if separate:
+    if section.own_models:  # the larger of the two passes
         compute, layers = replace(compute, adapter=None), shape.layers
     update = [
         *trunk,
@@ -167,8 +166,8 @@ def _ppo(setup: Setup) -> StagePlan:
         *_logprobs(setup, section, rows),
         *setup.dequantized(),
     ]
-    if separate:
-        update += _beside_fulltraining_items(setup)
+    if section.own_models:
+        update += _beside_full_training(setup, head="policy" in section.own_models)
     rollout = setup.generation(section.rollout.batch_size or section.batch_size, prompt, response)
     score = (*trunk, setup.forward(rows * longest), *_logprobs(setup, section, rows))
     phases = [
@@ -186,24 +185,24 @@ def _ppo(setup: Setup) -> StagePlan:
 
 def _roles(setup: Setup, section: Ppo) -> tuple[list[Item], list[int], list[int]]:
     """Return the roles' own weights, and the sizes of the policy's and critic's tensors."""
-    shape, own_critic = setup.shape, section.value.trunk == "own"
+    shape = setup.shape
     rewards = [name for source in section.reward_sources for name in source.models]
     items = [setup.adapter("reference")]
     for number in range(len(set(rewards))):
         role = f"reward{number or ''}"
         items += [setup.adapter(role), setup.head(role)]
     items.append(setup.head("value"))
-    head = [shape.hidden]
-    if section.layout == "shared":
-        tensors = shape.lora_tensors(setup.recipe.adapter)
-        items.append(setup.adapter("policy"))
-        items += [setup.adapter("value")] if own_critic else []
-        return items, tensors, [*(tensors if own_critic else []), *head]
-    policy, critic = shape.parameters, shape.parameters - shape.head
-    items.append(Item("policy", policy * FLOAT, f"{policy:,} x {FLOAT} B", "weights"))
-    if own_critic:
-        items.append(Item("value", critic * FLOAT, f"{critic:,} x {FLOAT} B", "weights"))
-    return items, [policy], [*([critic] if own_critic else []), *head]
+    sizes: dict[str, list[int]] = {"policy": [], "value": []}
+    whole = {"policy": shape.parameters, "value": shape.parameters - shape.head}
+    for role in sizes if section.value.trunk == "own" else ("policy",):
+        if role in section.own_models:
+            how = f"{whole[role]:,} x {FLOAT} B"
+            items.append(Item(role, whole[role] * FLOAT, how, "weights"))
+            sizes[role] = [whole[role]]
+        else:
+            items.append(setup.adapter(role))
+            sizes[role] = shape.lora_tensors(setup.recipe.adapter)
+    return items, sizes["policy"], [*sizes["value"], shape.hidden]
 
 
 def _rows_per_pass(section: Ppo, longest: int) -> int:
@@ -232,13 +231,14 @@ def _logprobs(setup: Setup, section: Ppo, rows: int) -> list[Item]:
     ]
 
 
-def _beside_fulltraining_items(setup: Setup) -> list[Item]:
-    """Return what only models of their own need during a backward pass."""
+def _beside_full_training(setup: Setup, *, head: bool) -> list[Item]:
+    """Return what only a model of its own needs during a backward pass."""
     shape, width = setup.shape, setup.width
-    head = shape.vocab * shape.hidden
-    items = [Item("gradient of the head", head * FLOAT, f"{head:,} x {FLOAT} B")]
+    outputs = shape.vocab * shape.hidden if head else 0
+    how = f"{outputs:,} x {FLOAT} B"
+    items = [Item("gradient of the head", outputs * FLOAT, how)] if head else []
     if width != FLOAT:
-        linear = shape.linear + head
+        linear = shape.linear + outputs
         how = f"{linear:,} x {width} B (autocast)"
         items.append(Item(f"weights in {setup.recipe.base.dtype}", linear * width, how))
     return items

@@ -169,8 +169,9 @@ def _ppo_changes(section: Ppo) -> list[Change]:
     if section.value.trunk == "own":
         values = {"ppo.value.trunk": "policy"}
         found.append(Change("critic on the policy's states: a weaker critic", 8, values))
-    if section.layout == "separate":
-        values = {"ppo.layout": "shared"}
+    if section.own_models:
+        keys = {"policy": "ppo.layout", "value": "ppo.value.layout"}
+        values = {keys[role]: "shared" for role in section.own_models}
         found.append(Change("adapters in place of all weights", 10, values))
     shorter = {"ppo.max_new_tokens": max(1, section.max_new_tokens // 2)}
     return [*found, Change("responses half as long", 20, shorter)]

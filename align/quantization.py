@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from align.errors import InputError, TrainingError
+from align.machine import has_bfloat16
 from align.manifest import BaseFacts
 from align.recipe import Base
 
@@ -43,8 +44,9 @@ def bitsandbytes(key: str) -> Any:
 def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
     """Return what the base's linear layers compute in on ``device``; never a library's default.
 
-    ``auto`` is bfloat16 where the processor has instructions for it; else float16 on a GPU and
-    float32 on a CPU. LLM.int8 has float16 built in (Dettmers et al. 2022).
+    ``auto`` is bfloat16 where the processor has instructions for it, else float32: float16 would
+    need its gradients scaled. LLM.int8 has float16 built into its forward pass (Dettmers et al.
+    2022); its gradients are in the dtype of what went in.
     """
     if base.quantization == "none":
         name: str = base.dtype
@@ -52,13 +54,11 @@ def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
         name = "float16"
     elif base.compute_dtype != "auto":
         name = base.compute_dtype
-    elif device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bfloat16" if has_bf16 else "float16"
+    elif has_bfloat16(device):
+        name = "bfloat16"
     else:
-        has = torch.cpu.get_capabilities()
-        name = "bfloat16" if any(has.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else ""
-    dtype: torch.dtype = getattr(torch, name or "float32")
+        name = "float32"
+    dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 

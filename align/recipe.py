@@ -5,7 +5,7 @@ key, a wrong type or an impossible combination is an error that names the key (`
 adds file and line). Batch sizes are global: they count over all processes and accumulation steps.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -37,16 +37,28 @@ class Base(Section):
     # "pretrain": the model that this recipe's pretrain stage makes; else a hub id or a folder.
     id: str
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     # How the linear layers of the body are stored while adapters are trained on them.
     quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
     double_quantization: bool = False  # 4-bit: the scales of the blocks are quantised, too
-    # What 4-bit layers compute in. auto: bfloat16 where the processor has it, else float16 on a GPU
-    # and float32 on a CPU; the manifest says which.
-    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # What 4-bit layers compute in. auto: bfloat16 where the processor has it, else float32; the
+    # manifest says which.
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # sft, reward and ppo compute layers again in the backward pass: slower, with far less memory.
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_float16(cls, values: Any) -> Any:
+        for key in ("dtype", "compute_dtype"):
+            if isinstance(values, dict) and values.get(key) == "float16":
+                refuse(
+                    key,
+                    "small gradients become 0 in it unless the loss is scaled, which Align does not"
+                    " do; allowed: bfloat16, float32",
+                )
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> "Base":
@@ -93,7 +105,7 @@ class Source(Section):
     """One place that records come from: exactly one of ``path``, ``hub`` and ``world``."""
 
     path: str | None = None  # a file, relative to data.root
-    hub: str | None = None
+    hub: str | None = None  # org/name, or org/name@revision: only the latter cannot change
     world: Literal["text", "demonstrations", "pairs", "rankings", "prompts"] | None = None
     split: str = "train"
     shape: Literal[
@@ -118,6 +130,14 @@ class Source(Section):
     @model_validator(mode="after")
     def _check(self) -> "Source":
         check_exactly_one(self, ("path", "hub", "world"))
+        for key, given, source, what in (
+            ("shape", self.shape != "auto", self.world, "the built-in world"),
+            ("columns", bool(self.columns), self.world, "the built-in world"),
+            ("labels", bool(self.labels), self.world, "the built-in world"),
+            ("split", self.split != "train", self.path, "a file"),
+        ):
+            if given and source is not None:
+                refuse(key, f"has no effect on {what}; leave it out")
         return self
 
 
@@ -312,6 +332,14 @@ class Recipe(Section):
         if self.pretrain and self.tokenizer.vocab_size is None and self.tokenizer.id is None:
             needed = "needs tokenizer.vocab_size, to train a tokenizer, or tokenizer.id"
             problems.append(("pretrain", needed))
+        if self.tokenizer.vocab_size is not None:
+            why = "is of the tokenizer that the pretrain stage trains; has no effect"
+            if self.tokenizer.id is not None:
+                problem = f"{why} beside tokenizer.id; give one of the two"
+                problems.append(("tokenizer.vocab_size", problem))
+            elif not self.pretrain:
+                problem = f"{why} without a pretrain section; leave it out"
+                problems.append(("tokenizer.vocab_size", problem))
         return problems
 
     def _stage_problems(self) -> list[tuple[str, str]]:
@@ -339,9 +367,10 @@ class Recipe(Section):
 
     def _ppo_problems(self, ppo: Ppo) -> list[tuple[str, str]]:
         problems = []
-        if ppo.layout == "separate" and self.base.quantization != "none":
+        if ppo.own_models and self.base.quantization != "none":
+            key = "ppo.layout" if ppo.layout == "separate" else "ppo.value.layout"
             needed = f"trains all weights, and those in {self.base.quantization} have no gradient"
-            problems.append(("ppo.layout", f"{needed}; allowed with base.quantization: shared"))
+            problems.append((key, f"{needed}; allowed with base.quantization: shared"))
         if ppo.ptx and getattr(self.data, ppo.ptx.source) is None:
             problems.append(("ppo.ptx.source", f"needs a section data.{ppo.ptx.source}"))
         if ppo.heldout_reward == "reward" and not (self.reward or self.run.parents.reward):

@@ -81,7 +81,7 @@ class Kl(Section):
     # log p/q, half its square, or q/p - 1 - log q/p (Schulman 2020).
     estimator: Literal["k1", "k2", "k3"] = "k1"
     target: PositiveFloat | None = None  # given: the coefficient adapts to it (Ziegler et al.)
-    horizon: Positive = 10_000  # responses over which the adaptive coefficient doubles
+    horizon: Positive = 10_000  # responses over which the coefficient moves by at most 20 %
     stop: PositiveFloat | None = None  # end training when a rollout's mean KL exceeds this
 
     @model_validator(mode="after")
@@ -118,13 +118,18 @@ class RewardScaling(Section):
     clip: PositiveFloat | None = None  # scores are cut to [-clip, clip], after scaling
 
 
+Layout = Literal["shared", "separate"]
+
+
 class Value(Section):
     """The critic."""
 
-    # "own": its own adapter (or model), from the reward model. "policy": a head on the policy's
-    # hidden states, from 0; one pass over the base serves both.
+    # "own": its own adapter (or model), which starts from this recipe's reward model where PPO
+    # maximises that, else from SFT. "policy": a head on the policy's hidden states, from 0; one
+    # pass over the base serves both.
     trunk: Literal["own", "policy"] = "own"
     warmup_steps: NotNegative = 0  # first rollouts that train the critic only
+    layout: Layout | None = None  # null: that of ppo.layout
 
 
 class Ptx(Section):
@@ -182,7 +187,8 @@ class Ppo(Optimisation):
     probe_prompts: Positive = 64
     keep: Literal["best", "last"] = "last"  # best: by reward less KL penalty on the probe prompts
     stop: Stop = Stop()
-    layout: Literal["shared", "separate"] = "shared"  # separate: all weights of both are trained
+    # "shared": adapters on one base are trained. "separate": all weights of models of their own.
+    layout: Layout = "shared"
 
     @model_validator(mode="after")
     def _check(self) -> "Ppo":
@@ -210,6 +216,11 @@ class Ppo(Optimisation):
         trained = {name for s in self.reward_sources for name in (*s.models, s.function)}
         if self.heldout_reward is not None and self.heldout_reward in trained:
             refuse("heldout_reward", "is trained on as well (ppo.reward); name one that is not")
+        if self.value.layout is not None and self.value.trunk == "policy":
+            refuse(
+                "value.layout",
+                "value.trunk=policy is a head on the policy's states; allowed with it: null",
+            )
         if self.value.warmup_steps >= self.steps:
             refuse("value.warmup_steps", f"leaves no step of steps={self.steps} for the policy")
         return self
@@ -222,6 +233,19 @@ class Ppo(Optimisation):
         if self.reward == "model":
             return (RewardSource(model="reward"),)
         return (RewardSource(function=self.reward),)
+
+    @property
+    def own_models(self) -> tuple[str, ...]:
+        """The trained roles that have a model of their own."""
+        critic = self.value.layout or self.layout if self.value.trunk == "own" else "shared"
+        layouts = {"policy": self.layout, "value": critic}
+        return tuple(role for role, layout in layouts.items() if layout == "separate")
+
+    @property
+    def selected_on(self) -> int:
+        """How many of the first held-out prompts decide about the policy that is kept."""
+        decides = self.keep == "best" or self.stop.divergence is not None
+        return self.probe_prompts if decides else 0
 
     @property
     def needs_reward_stage(self) -> bool:

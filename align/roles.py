@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from align import lora
 from align.adapters import WEIGHTS
 from align.attention import NAME, Layout, why_not_packed
 from align.errors import InputError, ParentError
 from align.functional import token_entropy, token_logprobs
 from align.generation import Engine, Generated, generate
 from align.logprobs import head_logprobs
-from align.lora import fuse
 from align.models import recompute_activations
 from align.sequences import Sequences, micro_batches, position_ids
 from align.trunk import Trunk, trunk_depth
@@ -96,8 +96,8 @@ class Roles(nn.Module):
             if recompute:
                 recompute_activations(cast(PreTrainedModel, model), self._contexts)
         depth = trunk_depth(base.base_model, lambda m: isinstance(m, BaseTunerLayer))
-        partial = 0 < depth < base.config.num_hidden_layers
-        self.trunk = Trunk(base.base_model, depth) if partial and engine == "native" else None
+        partial = engine == "native" and 0 < depth < base.config.num_hidden_layers
+        self.trunk = Trunk(base.base_model, depth) if partial else None
         self._activate([])
 
     @property
@@ -295,12 +295,15 @@ def _prepare(model: Any, engine: Engine) -> None:
     """Choose the model's attention, and turn its dropout off."""
     if engine == "native":
         reason = why_not_packed(model.config)
+        if reason is None:
+            model.set_attn_implementation(NAME)  # a warning at most, where the model cannot
+            if model.config._attn_implementation != NAME:
+                reason = "its attention is not transformers' interface"
         if reason is not None:
             raise InputError(
                 f"ppo.rollout.engine=native does not know this base: {reason}; allowed for it: hf"
             )
-        fuse(model)
-    model.set_attn_implementation(NAME if engine == "native" else "sdpa")
+        lora.fuse(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import align
 from align.errors import DataError, ParentError
+from align.fingerprints import folder_sha256, module_file
 from align.manifest import (
     Manifest,
     check_same_origin,
@@ -18,16 +19,27 @@ from align.manifest import (
 )
 from align.recipe import WORLD_VERSION, Recipe, Source, StageData, StageName
 from align.recipe_ppo import Ppo, RewardSource
+from align.recipe_types import Section
 
 STAGES: tuple[StageName, ...] = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
 # The recipe sections whose values decide a stage's result; a change in any other redoes nothing.
+# run.threads moves results, too, by the order of sums: that is a matter of the machine, like the
+# processor, and redoes nothing either.
 _SECTIONS: dict[StageName, tuple[str, ...]] = {
     "pretrain": ("tokenizer", "pretrain"),
     "sft": ("base", "tokenizer", "adapter", "sft"),
     "reward": ("base", "tokenizer", "adapter", "reward"),
     "ppo": ("base", "tokenizer", "adapter", "ppo"),
     "evaluate": ("base", "evaluate"),
+}
+# Keys in them that do not: of memory and of the log. Models that differ by them differ by rounding,
+# and by the random masks of adapter.dropout.
+_WITHOUT_EFFECT = {
+    "gradient_checkpointing",
+    "log_every",
+    "max_tokens_per_microbatch",
+    "micro_batch_size",
 }
 _LIMITS = ("bad_rows", "max_dropped", "max_prompt_tokens", "max_response_tokens")
 
@@ -179,22 +191,58 @@ def recipe_sha256(recipe: Recipe, stage: StageName) -> str:
     """Hash the part of the recipe that decides this stage's result."""
     part: dict[str, object] = {"seed": recipe.seed}
     for name in _SECTIONS[stage]:
-        section = getattr(recipe, name)
-        part[name] = section.model_dump() if section is not None else None
-    if stage == "ppo" and recipe.evaluate is not None:
+        part[name] = _decisive(getattr(recipe, name))
+    if stage == "ppo" and recipe.evaluate is not None and recipe.evaluate.gold is not None:
         part["gold"] = recipe.evaluate.gold  # decides what the probes log
+    if stage == "evaluate":
+        part["reward"] = _scored_with(recipe)
+        if recipe.ppo is not None:
+            part["selected_on"] = recipe.ppo.selected_on  # decides which prompts are answered
     part["limits"] = {key: getattr(recipe.data, key) for key in _LIMITS}
     part["data"] = {name: data.model_dump() for name, data in stage_data(recipe, stage).items()}
     return _digest(part)
 
 
-def inputs_sha256(recipe: Recipe, stage: StageName, parents: dict[StageName, Manifest]) -> str:
+def _decisive(section: Section | None) -> dict[str, object] | None:
+    """Return a section's values without those that no result depends on."""
+    if section is None:
+        return None
+    values = section.model_dump(exclude=_WITHOUT_EFFECT)
+    if isinstance(section, Ppo) and section.rollout.engine == "native":
+        # With plain transformers a response depends on those sampled beside it.
+        del values["rollout"]["batch_size"]
+    return values
+
+
+def _scored_with(recipe: Recipe) -> list[dict[str, object]]:
+    """Return what an evaluation scores with. Models of other runs are numbered: they may move."""
+    sources = reward_sources(recipe.ppo, "evaluate").values()
+    others = dict.fromkeys(name for s in sources for name in s.models if name != "reward")
+    numbers: dict[str, object] = {name: number for number, name in enumerate(others)}
+    return [
+        {"models": [numbers.get(name, name) for name in source.models]}
+        | source.model_dump(exclude={"model", "ensemble"})
+        for source in sources
+    ]
+
+
+def inputs_sha256(
+    recipe: Recipe,
+    stage: StageName,
+    parents: dict[StageName, Manifest],
+    reward_models: dict[str, Manifest] | None = None,
+) -> str:
     """Hash everything that decides the stage's result: recipe part, data, parents, code version.
+
+    Args:
+        reward_models: what ``read_reward_models`` has returned; None: it is called.
 
     Raises:
         ParentError: a reward model outside this recipe cannot be read.
         DataError: a file that the recipe names is missing.
     """
+    if reward_models is None:
+        reward_models = read_reward_models(recipe, stage)
     return _digest(
         {
             "recipe": recipe_sha256(recipe, stage),
@@ -204,7 +252,8 @@ def inputs_sha256(recipe: Recipe, stage: StageName, parents: dict[StageName, Man
                 for source in (*data.train, *data.heldout)
             ],
             "files": [sha256_file(path) for path in named_files(recipe, stage)]
-            + [model.outputs_sha256() for model in read_reward_models(recipe, stage).values()],
+            + [folder_sha256(path) for path in named_folders(recipe, stage)]
+            + [model.outputs_sha256() for model in reward_models.values()],
             "parents": {name: manifest.outputs_sha256() for name, manifest in parents.items()},
             "code": align.__version__,
         }
@@ -225,16 +274,30 @@ def named_files(recipe: Recipe, stage: StageName) -> list[Path]:
     functions = {key: source.function for key, source in sources.items()}
     if stage in ("ppo", "evaluate") and recipe.evaluate is not None:
         functions["evaluate.gold"] = recipe.evaluate.gold
+    if stage == "evaluate" and recipe.evaluate is not None:
         functions["evaluate.category"] = recipe.evaluate.category
     for key, function in functions.items():
         place = (function or "").rpartition(":")[0]
-        if place.endswith(".py"):  # else a module, which Python finds
-            names[key] = place
+        names[key] = place if place.endswith(".py") else _module_path(place)
     files = {key: Path(name) for key, name in names.items() if name}
     for key, file in files.items():
         if not file.is_file():
             raise DataError(f"{key}={file}: no such file")
     return list(files.values())
+
+
+def _module_path(module: str) -> str | None:
+    file = module_file(module) if module else None
+    return str(file) if file is not None else None
+
+
+def named_folders(recipe: Recipe, stage: StageName) -> list[Path]:
+    """Return the folders with a model or a tokenizer that the stage loads from outside the run."""
+    names = {"base": recipe.base.id, "tokenizer": recipe.tokenizer.id}
+    if recipe.base.id == "pretrain":
+        del names["base"]
+    used = (name for section, name in names.items() if name and section in _SECTIONS[stage])
+    return [Path(name) for name in used if Path(name).is_dir()]
 
 
 def read_parents(recipe: Recipe, stage: StageName) -> dict[StageName, Manifest]:
@@ -272,10 +335,10 @@ def why_not_done(recipe: Recipe, stage: StageName) -> str | None:
             return f"its parent stage {name} has to run first"
         parents[name] = parent
     try:
-        read_reward_models(recipe, stage)
+        reward_models = read_reward_models(recipe, stage)
     except ParentError as error:
         return str(error)
-    if manifest.inputs_sha256 == inputs_sha256(recipe, stage, parents):
+    if manifest.inputs_sha256 == inputs_sha256(recipe, stage, parents, reward_models):
         return None
     return _what_changed(recipe, stage, manifest, parents)
 
@@ -287,9 +350,10 @@ def _what_changed(
         return f"made by Align {manifest.code_version}, this is {align.__version__}"
     if manifest.recipe_sha256 != recipe_sha256(recipe, stage):
         return "its settings in the recipe have changed"
-    before = {parent.stage: parent.sha256 for parent in manifest.parents}
-    now = {name: parent.outputs_sha256() for name, parent in parents.items()}
-    changed = [name for name in STAGES if before.get(name) != now.get(name)]
+    before = {(parent.stage, parent.sha256) for parent in manifest.parents}
+    now = {(name, parent.outputs_sha256()) for name, parent in parents.items()}
+    now |= {("reward", m.outputs_sha256()) for m in read_reward_models(recipe, stage).values()}
+    changed = [name for name in STAGES if any(name == stage for stage, _ in before ^ now)]
     if changed:
         return f"its parent {' and '.join(changed)} has changed"
     return "its data or other input files have changed"

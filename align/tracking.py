@@ -15,7 +15,7 @@ _SECRET_WORDS = {"key", "apikey", "token", "secret", "password"}
 Mode = Literal["online", "offline", "disabled"]
 
 _INIT_TIMEOUT = 20.0  # seconds until a run without a network goes on offline
-_FINISH_TIMEOUT = 60.0  # seconds for the last upload; what is missing then is still on disk
+FINISH_TIMEOUT = 60.0  # seconds for the last upload; what is missing then is still on disk
 
 
 class WandbTracker:
@@ -81,7 +81,7 @@ def start_tracker(recipe: Recipe, stage: StageName, directory: Path) -> WandbTra
                     console="off",
                     save_code=False,
                     init_timeout=_INIT_TIMEOUT,
-                    finish_timeout=_FINISH_TIMEOUT,
+                    finish_timeout=FINISH_TIMEOUT,
                 ),
             )
             return WandbTracker(run)

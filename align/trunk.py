@@ -20,7 +20,9 @@ class Trunk:
     """
 
     def __init__(self, backbone: nn.Module, depth: int) -> None:
-        name, layers = layer_list(backbone)
+        found = layer_list(backbone)
+        assert found is not None
+        name, layers = found
         self.depth = depth
         self._backbone, self._name, self._all = backbone, name, layers
         self._gate = _Gate()
@@ -61,19 +63,25 @@ class _Gate(nn.Module):
         return self.states
 
 
-def layer_list(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the name and the list of a decoder's layers."""
+def layer_list(backbone: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """Return the name and the list of a decoder's layers, None where it holds none itself."""
     config: Any = backbone.config
     depth = config.num_hidden_layers
     for name, child in backbone.named_children():
         if isinstance(child, nn.ModuleList) and len(child) == depth:
             return name, child
-    raise ValueError(f"{type(backbone).__name__} has no list of {depth} layers")
+    return None
 
 
 def trunk_depth(backbone: nn.Module, is_adapted: Callable[[nn.Module], bool]) -> int:
-    """Return how many layers from the bottom hold no module that ``is_adapted``."""
-    _, layers = layer_list(backbone)
+    """Return how many layers from the bottom hold no module that ``is_adapted``.
+
+    0 where the layers cannot be found: then all of them are always computed.
+    """
+    found = layer_list(backbone)
+    if found is None:
+        return 0
+    layers = found[1]
     for depth, layer in enumerate(layers):
         if any(is_adapted(module) for module in layer.modules()):
             return depth

@@ -14,22 +14,16 @@ from data.render import IGNORED, Tokens
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Return ``[B, T]`` long: the rows, filled up with ``value`` behind; T is the longest row."""
-    return _pad(rows, value, left=False)
-
-
-def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Return ``[B, T]`` long: the rows, filled up with ``value`` in front; T is the longest row."""
-    return _pad(rows, value, left=True)
+    width = max((len(row) for row in rows), default=0)
+    result = torch.full((len(rows), width), value, dtype=torch.long)
+    for i, row in enumerate(rows):
+        result[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return result
 
 
 def right_padded_mask(rows: Sequence[Sequence[int]]) -> Tensor:
     """Return ``[B, T]`` bool, True where ``pad_right(rows)`` holds a real token."""
-    return _pad([[1] * len(row) for row in rows], 0, left=False).bool()
-
-
-def left_padded_mask(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Return ``[B, T]`` bool, True where ``pad_left(rows)`` holds a real token."""
-    return _pad([[1] * len(row) for row in rows], 0, left=True).bool()
+    return pad_right([[1] * len(row) for row in rows], 0).bool()
 
 
 def collate_demonstrations(rows: Sequence[Tokens], pad_id: int) -> dict[str, Tensor]:
@@ -43,12 +37,3 @@ def collate_demonstrations(rows: Sequence[Tokens], pad_id: int) -> dict[str, Ten
         "attention_mask": right_padded_mask(ids),
         "labels": pad_right([row.labels for row in rows], IGNORED),
     }
-
-
-def _pad(rows: Sequence[Sequence[int]], value: int, *, left: bool) -> Tensor:
-    width = max((len(row) for row in rows), default=0)
-    result = torch.full((len(rows), width), value, dtype=torch.long)
-    for i, row in enumerate(rows):
-        start = width - len(row) if left else 0
-        result[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
-    return result

@@ -1,6 +1,5 @@
 """Fields of a row and conversations in them: message lists, ShareGPT turns, HH transcripts."""
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ from data.records import ROLES, Message
 
 Messages = tuple[Message, ...]
 
-_MARKER = re.compile(r"\n\n(Human|Assistant):")
+_MARKER = re.compile(r"(?:\r?\n){2}(Human|Assistant):")
+_ASKS_FOR_ANSWER = re.compile(r"(?:\r?\n){2}Assistant:\s*\Z")
+_BLANK_LINE = re.compile(r"\s*?\n\r?\n")
 _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -19,7 +20,9 @@ _SHAREGPT_ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-_ASSISTANT = "\n\nAssistant:"
+# As CSV cells hold them; neither nan nor inf nor Python's 1_000.
+_NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", re.ASCII)
+_LARGEST = 3.4e38  # what float32 holds, in which the losses are computed
 
 
 class _Missing:
@@ -46,11 +49,15 @@ class Dropped(Exception):
 
 @dataclass(frozen=True)
 class Fields:
-    """A row seen through ``columns`` (our field -> their column, dotted paths reach inside)."""
+    """A row seen through ``columns`` (our field -> their column, dotted paths reach inside).
+
+    ``are_cells``: the values are cells of a CSV file, in which numbers are text and null is empty.
+    """
 
     row: Mapping[str, Any]
     columns: Mapping[str, str]
     prefix: str = ""
+    are_cells: bool = False
 
     def name(self, field: str) -> str:
         """Return the field's place in the file, for messages."""
@@ -75,7 +82,7 @@ class Fields:
         """Return the field's value; a Fault if the row lacks it."""
         value = self.get(field)
         if value is MISSING:
-            present = ", ".join(map(str, self.row)) or "none"
+            present = _names(self.row) or "none"
             raise Fault(
                 self.name(field),
                 "nothing",
@@ -105,7 +112,17 @@ class Fields:
 
     def number(self, field: str) -> float:
         """Return a finite number."""
-        return expect_number(self.take(field), self.name(field))
+        value = self.take(field)
+        if self.are_cells and isinstance(value, str) and _NUMBER.fullmatch(value):
+            value = float(value)
+        return expect_number(value, self.name(field))
+
+    def optional_number(self, field: str) -> float | None:
+        """Return a finite number; None if it is null, missing or an empty cell."""
+        value = self.get(field)
+        if value in (MISSING, None) or (self.are_cells and value == ""):
+            return None
+        return self.number(field)
 
     def inside(self, value: object, place: str) -> "Fields":
         """Return an object inside the row, seen through the same columns."""
@@ -125,27 +142,45 @@ def describe(value: object) -> str:
     if isinstance(value, list):
         return f"a list of {len(value)}"
     if isinstance(value, Mapping):
-        return f"an object with {', '.join(map(str, value)) or 'nothing in it'}"
-    return f"the {type(value).__name__} {value!r}"
+        return f"an object with {_names(value) or 'nothing in it'}"
+    return f"the {type(value).__name__} {_short(repr(value))}"
 
 
 def expect_string(value: object, name: str) -> str:
-    """Return a string; anything else is a Fault."""
+    """Return a string of Unicode characters; anything else is a Fault.
+
+    JSON can spell half a character, ``"\\ud83d"``: no tokenizer takes it, and no file does.
+    """
     if not isinstance(value, str):
         raise Fault(name, describe(value), "a string", "correct or remove the row")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start].encode("ascii", "backslashreplace").decode()
+        raise Fault(
+            name,
+            f"{half} at character {error.start + 1}, half of a surrogate pair",
+            "whole characters",
+            "correct or remove the row",
+        ) from None
     return value
 
 
 def expect_number(value: object, name: str) -> float:
     """Return a finite number; anything else is a Fault."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # As a comparison: nan fails it, and so does an integer that is too large for a float.
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not -_LARGEST <= value <= _LARGEST
+    ):
         raise Fault(name, describe(value), "a finite number", "correct or remove the row")
     return float(value)
 
 
 def join_input(instruction: str, text: str) -> str:
     """Return an instruction and the text that it is about, if any, as one user turn."""
-    return f"{instruction}\n\n{text}" if text else instruction
+    return "\n\n".join(part for part in (instruction, text) if part)
 
 
 def read_messages(value: object, name: str) -> Messages:
@@ -158,26 +193,48 @@ def read_sharegpt(value: object, name: str) -> Messages:
     return _read_turns(value, name, "from", "value", _SHAREGPT_ROLES)
 
 
+def read_sharegpt_answer(value: object, name: str) -> str:
+    """Read one ``{"from", "value"}`` of the assistant."""
+    turn = _read_turn(value, name, "from", "value", _SHAREGPT_ROLES)
+    if turn.role != "assistant":
+        raise Fault(name, f"a turn of {turn.role}", "an assistant turn", "correct it")
+    return turn.content
+
+
 def read_prompt(value: object, name: str) -> Messages:
-    """Read a prompt: messages, a transcript that ends with the Assistant marker, or plain text."""
+    """Read a prompt: messages, a transcript or plain text; it ends on a user turn.
+
+    A text is a transcript if a blank line and a marker begin it. It may end with the Assistant
+    marker, and one that does may have lost its first blank line.
+    """
     if not isinstance(value, str):
-        messages = read_messages(value, name)
-    elif value.startswith("\n\nHuman:") and value.rstrip().endswith(_ASSISTANT.strip()):
-        messages = read_transcript(value[: value.rindex(_ASSISTANT)], name)
-    else:
-        messages = (Message("user", value.strip()),)
+        return end_on_user(_read_conversation(value, name), name)
+    text = expect_string(value, name)
+    turns = _ASKS_FOR_ANSWER.sub("", text)
+    if _is_transcript(turns) or (turns != text and _is_transcript("\n\n" + turns)):
+        return end_on_user(read_transcript("\n\n" + turns.lstrip(), name), name)
+    return (Message("user", text.strip()),)
+
+
+def end_on_user(messages: Messages, name: str) -> Messages:
+    """Return the messages if they end on a user turn; a Fault if they do not."""
     if messages[-1].role != "user":
         raise Fault(name, f"a last turn of {messages[-1].role}", "a user turn", "cut it off")
     return messages
 
 
 def read_response(value: object, prompt: Messages, name: str) -> str:
-    """Read a response: text, one message, or a conversation that may repeat the prompt."""
+    """Read a response: text, one message, or a conversation that may repeat the prompt.
+
+    The conversation is a list of messages or a transcript.
+    """
     if isinstance(value, str):
-        return value.strip()
-    if isinstance(value, Mapping):
-        value = [value]
-    messages = read_messages(value, name)
+        text = expect_string(value, name)
+        if not _is_transcript(text):
+            return text.strip()
+        messages = read_transcript(text, name)
+    else:
+        messages = _read_conversation([value] if isinstance(value, Mapping) else value, name)
     if messages[-1].role != "assistant":
         raise Fault(name, f"a last turn of {messages[-1].role}", "an assistant turn", "correct it")
     if len(messages) > 1 and messages[:-1] != prompt:
@@ -236,8 +293,21 @@ def split_pair(chosen: str, rejected: str, row: Fields) -> tuple[Messages, str, 
 
 
 def _at_last_answer(text: str) -> tuple[str, str]:
-    start = text.rindex(_ASSISTANT)
-    return text[:start], text[start + len(_ASSISTANT) :].strip()
+    marker = [found for found in _MARKER.finditer(text) if found[1] == "Assistant"][-1]
+    return text[: marker.start()], text[marker.end() :].strip()
+
+
+def _read_conversation(value: object, name: str) -> Messages:
+    if not isinstance(value, list):
+        expected = "text or a list of {role, content}"
+        raise Fault(name, describe(value), expected, "correct or remove the row")
+    return read_messages(value, name)
+
+
+def _is_transcript(text: str) -> bool:
+    if not _BLANK_LINE.match(text):
+        return False
+    return _MARKER.match("\n\n" + text.lstrip()) is not None
 
 
 def _read_turns(
@@ -250,18 +320,39 @@ def _read_turns(
             f"a list of {{{role_key}, {text_key}}}",
             "correct or remove the row",
         )
-    messages = []
-    for i, turn in enumerate(value):
-        fields = Fields(turn, {}, f"{name}[{i}].") if isinstance(turn, Mapping) else None
-        if fields is None:
-            raise Fault(f"{name}[{i}]", describe(turn), "an object", "correct or remove the row")
-        role = roles.get(str(fields.take(role_key)))
-        if role is None or (role == "system" and i):
-            raise Fault(
-                fields.name(role_key),
-                f"{fields.get(role_key)!r}" + (" after the first turn" if role else ""),
-                f"one of {', '.join(roles)}" + (", system only first" if role else ""),
-                "rename it or remove the row",
-            )
-        messages.append(Message(role, fields.text(text_key)))
-    return tuple(messages)
+    return tuple(
+        _read_turn(turn, f"{name}[{i}]", role_key, text_key, roles, is_first=i == 0)
+        for i, turn in enumerate(value)
+    )
+
+
+def _read_turn(
+    turn: object,
+    name: str,
+    role_key: str,
+    text_key: str,
+    roles: Mapping[str, str],
+    *,
+    is_first: bool = False,
+) -> Message:
+    if not isinstance(turn, Mapping) or role_key not in turn or text_key not in turn:
+        expected = f"an object with {role_key} and {text_key}"
+        raise Fault(name, describe(turn), expected, "correct the row, or set another shape")
+    given = turn[role_key]
+    role = roles.get(given) if isinstance(given, str) else None
+    if role is None or (role == "system" and not is_first):
+        raise Fault(
+            f"{name}.{role_key}",
+            describe(given) + (" after the first turn" if role else ""),
+            f"one of {', '.join(roles)}" + (", system only first" if role else ""),
+            "rename it or remove the row",
+        )
+    return Message(role, expect_string(turn[text_key], f"{name}.{text_key}").strip())
+
+
+def _names(row: Mapping[Any, Any]) -> str:
+    return _short(", ".join(map(str, row)), 200)
+
+
+def _short(text: str, length: int = 40) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."

@@ -16,7 +16,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from align.errors import InputError
-from data.records import Message, Ranking, Record, Text, as_demonstration
+from data.records import Message, Prompt, Record, Text, as_demonstration
 from data.tokenizer import check_template, end_ids, render_text, special_tokens
 
 Row = TypeVar("Row")
@@ -94,8 +94,8 @@ class Renderer:
     def demonstration(self, messages: Sequence[Message]) -> Tokens:
         """Return the conversation up to its last end-of-turn token.
 
-        Learned are all assistant turns, each with the token that ends it, except turns whose
-        beginning was cut off. The ids before the last answer are those of ``prompt``.
+        Learned are all assistant turns, each with the token that ends it, except empty ones and
+        those whose beginning was cut off. The ids before the last answer are those of ``prompt``.
 
         Raises:
             Unusable: ``nothing_to_learn``, ``empty_response`` or ``response_too_long`` (of the last
@@ -111,8 +111,9 @@ class Renderer:
         self._check_length(answer)
         prompt = self._cut(ids[:last])
         labels = [IGNORED] * last
-        for start, stop in turns[:-1]:
-            if start >= last - len(prompt) + self._leading(ids):
+        answers = [message.content for message in messages if message.role == "assistant"]
+        for (start, stop), text in zip(turns[:-1], answers[:-1], strict=True):
+            if text and start >= last - len(prompt) + self._leading(ids):
                 labels[start:stop] = ids[start:stop]
         return Tokens(prompt + answer, labels[last - len(prompt) :] + answer)
 
@@ -127,17 +128,20 @@ class Renderer:
         self._check_length(ids[start:stop])
         return ids[start:stop]
 
-    def text(self, record: Record) -> str:
-        """Return the record as text for pretraining: a conversation as the template writes it.
+    def document(self, record: Record) -> list[int]:
+        """Return the ids of any record, to model as language.
+
+        Text is not cut, nor is a prompt, which stands without what asks for an answer; of a ranking
+        it is the demonstration with the best response.
 
         Raises:
-            Unusable: the template refuses the conversation.
+            Unusable: ``special_token_text``, or see ``demonstration``.
         """
         if isinstance(record, Text):
-            return record.text
-        if isinstance(record, Ranking):
-            record = as_demonstration(record)
-        return self._restore(self._write(record.messages))
+            return self._split_up(record.text)
+        if isinstance(record, Prompt):
+            return self._encode(self._write(record.messages))[:]
+        return self.demonstration(as_demonstration(record).messages).input_ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return a response's text: no special tokens, no white space at its ends."""

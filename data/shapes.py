@@ -14,6 +14,7 @@ from data.conversations import (
     Fault,
     Fields,
     describe,
+    end_on_user,
     expect_number,
     expect_string,
     join_input,
@@ -21,9 +22,11 @@ from data.conversations import (
     read_prompt,
     read_response,
     read_sharegpt,
+    read_sharegpt_answer,
     split_pair,
 )
 from data.records import Demonstration, Message, Prompt, Ranking, Record, Text
+from data.sources import is_csv
 
 
 def _messages(row: Fields, source: Source) -> Record:
@@ -33,21 +36,49 @@ def _messages(row: Fields, source: Source) -> Record:
 
 
 def _sharegpt(row: Fields, source: Source) -> Record:
-    messages = read_sharegpt(row.take("conversations"), row.name("conversations"))
-    system = row.optional_text("system")
-    if system:
-        messages = (Message("system", system), *messages)
+    name = row.name("conversations")
+    messages = _after_system(row, read_sharegpt(row.take("conversations"), name))
     if row.get("chosen") is MISSING:
-        return _conversation(messages, row.name("conversations"))
-    answers = [read_sharegpt([row.take(key)], row.name(key)) for key in ("chosen", "rejected")]
-    chosen, rejected = (answer[-1].content for answer in answers)
-    return _ranking(messages, (chosen, rejected), (1.0, 0.0), row)
+        return _conversation(messages, name)
+    chosen, rejected = (
+        read_sharegpt_answer(row.take(key), row.name(key)) for key in ("chosen", "rejected")
+    )
+    return _ranking(end_on_user(messages, name), (chosen, rejected), (1.0, 0.0))
 
 
 def _alpaca(row: Fields, source: Source) -> Record:
     prompt = join_input(row.text("instruction"), row.optional_text("input"))
-    turns = (Message("user", prompt), Message("assistant", row.text("output")))
-    return _conversation(turns, row.name("output"))
+    turns = (
+        *_history(row),
+        Message("user", prompt),
+        Message("assistant", row.text("output")),
+    )
+    return _conversation(_after_system(row, turns), row.name("output"))
+
+
+def _history(row: Fields) -> tuple[Message, ...]:
+    """Return the earlier turns of an Alpaca row: a list of an instruction and its output each."""
+    name = row.name("history")
+    earlier = [] if row.get("history") in (MISSING, None, "") else row.take("history")
+    if not isinstance(earlier, list):
+        raise Fault(name, describe(earlier), "a list of [instruction, output]", "correct it")
+    turns = []
+    for i, pair in enumerate(earlier):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise Fault(f"{name}[{i}]", describe(pair), "[instruction, output]", "correct it")
+        for j, role in enumerate(("user", "assistant")):
+            turns.append(Message(role, expect_string(pair[j], f"{name}[{i}][{j}]").strip()))
+    return tuple(turns)
+
+
+def _after_system(row: Fields, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return the messages after the text of the row's system column, if it has one."""
+    system = row.optional_text("system")
+    if not system:
+        return messages
+    if messages[0].role == "system":
+        raise Fault(row.name("system"), "text beside a system turn", "one of them", "remove one")
+    return (Message("system", system), *messages)
 
 
 def _prompt_completion(row: Fields, source: Source) -> Record:
@@ -58,7 +89,7 @@ def _prompt_completion(row: Fields, source: Source) -> Record:
 
 def _transcript_pairs(row: Fields, source: Source) -> Record:
     prompt, chosen, rejected = split_pair(row.string("chosen"), row.string("rejected"), row)
-    return _ranking(prompt, (chosen, rejected), (1.0, 0.0), row)
+    return _ranking(prompt, (chosen, rejected), (1.0, 0.0))
 
 
 def _pairs(row: Fields, source: Source) -> Record:
@@ -67,13 +98,28 @@ def _pairs(row: Fields, source: Source) -> Record:
         prompt = sides[0][:-1]
         if prompt != sides[1][:-1]:
             raise Dropped("different_prompts")
+        if not prompt:
+            raise Fault(
+                row.name("chosen"),
+                f"a lone {sides[0][-1].role} turn and no prompt",
+                "the conversation up to the answer, or a prompt beside it",
+                "map prompt in columns",
+            )
+        end_on_user(prompt, row.name("chosen"))
     else:
         prompt = read_prompt(row.take("prompt"), row.name("prompt"))
     chosen, rejected = (
         read_response(row.take(key), prompt, row.name(key)) for key in ("chosen", "rejected")
     )
-    margin = None if row.get("margin") in (MISSING, None) else row.number("margin")
-    return _ranking(prompt, (chosen, rejected), (1.0, 0.0), row, margin)
+    margin = row.optional_number("margin")
+    if margin is not None and margin < 0:
+        raise Fault(
+            row.name("margin"),
+            describe(margin),
+            "0 or more: how much better chosen is",
+            "correct or remove the row",
+        )
+    return _ranking(prompt, (chosen, rejected), (1.0, 0.0), margin)
 
 
 def _labelled_pairs(row: Fields, source: Source) -> Record:
@@ -82,14 +128,16 @@ def _labelled_pairs(row: Fields, source: Source) -> Record:
     if better is None:
         allowed = ", ".join(source.labels) or "none"
         raise Fault(
-            row.name("label"), repr(label), f"one of labels ({allowed})", "add it to labels"
+            row.name("label"), describe(label), f"one of labels ({allowed})", "add it to labels"
         )
-    text = row.text("prompt")
-    if "input" in row.columns:
-        text = join_input(text, row.optional_text("input"))
+    text = row.optional_text("input") if "input" in row.columns else ""
+    given = join_input(row.text("prompt"), text) if text else row.take("prompt")
+    prompt = read_prompt(given, row.name("prompt"))
+    first, second = (
+        read_response(row.take(key), prompt, row.name(key)) for key in ("first", "second")
+    )
     scores = {"first": (1.0, 0.0), "second": (0.0, 1.0), "tie": (0.0, 0.0)}[better]
-    prompt = read_prompt(text, row.name("prompt"))
-    return _ranking(prompt, (row.text("first"), row.text("second")), scores, row)
+    return _ranking(prompt, (first, second), scores)
 
 
 def _rankings(row: Fields, source: Source) -> Record:
@@ -102,7 +150,7 @@ def _rankings(row: Fields, source: Source) -> Record:
         by_rank = "score" not in row.columns and items[0].get("rank") is not MISSING
         texts = [item.text("text") for item in items]
         scores = [-item.number("rank") if by_rank else item.number("score") for item in items]
-    return _ranking(prompt, tuple(texts), tuple(scores), row)
+    return _ranking(prompt, tuple(texts), tuple(scores))
 
 
 def _parallel_lists(row: Fields) -> tuple[list[str], list[float]]:
@@ -139,7 +187,7 @@ _Reader = Callable[[Fields, Source], Record]
 _SHAPES: dict[str, tuple[_Reader, tuple[str, ...]]] = {
     "messages": (_messages, ("messages",)),
     "sharegpt": (_sharegpt, ("conversations", "chosen", "rejected", "system")),
-    "alpaca": (_alpaca, ("instruction", "input", "output")),
+    "alpaca": (_alpaca, ("instruction", "input", "output", "system", "history")),
     "prompt_completion": (_prompt_completion, ("prompt", "completion")),
     "transcript_pairs": (_transcript_pairs, ("chosen", "rejected")),
     "pairs": (_pairs, ("prompt", "chosen", "rejected", "margin")),
@@ -184,7 +232,8 @@ def to_record(row: object, shape: str, source: Source) -> Record:
     """
     if not isinstance(row, dict):
         raise Fault("row", type(row).__name__, "an object", "give every row named fields")
-    return _SHAPES[shape][0](Fields(row, source.columns), source)
+    are_cells = source.path is not None and is_csv(source.path)
+    return _SHAPES[shape][0](Fields(row, source.columns, are_cells=are_cells), source)
 
 
 def _recognise(row: object, source: Source, where: str) -> str:
@@ -227,6 +276,8 @@ def _conversation(messages: tuple[Message, ...], field: str) -> Record:
     if "user" not in roles or roles[-1] == "system":
         found = ", ".join(roles)
         raise Fault(field, f"turns of {found}", "a user turn and its answer", "correct the row")
+    if roles[-2:] == ["assistant", "assistant"]:
+        raise Fault(field, "two last turns of assistant", "one answer", "join them")
     if not next(m.content for m in reversed(messages) if m.role == "user"):
         raise Dropped("empty_prompt")
     if roles[-1] == "user":
@@ -240,11 +291,8 @@ def _ranking(
     prompt: tuple[Message, ...],
     responses: tuple[str, ...],
     scores: tuple[float, ...],
-    row: Fields,
     margin: float | None = None,
 ) -> Record:
-    if prompt[-1].role != "user":
-        raise Fault("prompt", f"a last turn of {prompt[-1].role}", "a user turn", "cut it off")
     if not prompt[-1].content:
         raise Dropped("empty_prompt")
     if not all(responses):

@@ -65,6 +65,11 @@ def read_file(path: Path) -> Iterator[Row]:
     return {".jsonl": _jsonl, ".json": _json, ".csv": _csv}[suffix](path, text)
 
 
+def is_csv(path: str) -> bool:
+    """Say whether a file is read as CSV, in which every value is text."""
+    return path.removesuffix(".gz").endswith(".csv")
+
+
 def read_hub(source: Source) -> Iterator[Row]:
     """Yield the rows of a hub data set, ``org/name`` or ``org/name@revision``.
 
@@ -120,22 +125,26 @@ def _jsonl(path: Path, text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, _loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{path}:{number}: broken JSON: {error.msg} at column {error.colno};"
                     " each line has to be one object"
                 ) from None
+            except _UNREADABLE as error:
+                raise DataError(f"{path}:{number}: broken JSON: {_reason(error)}") from None
 
 
 def _json(path: Path, text: str) -> Iterator[Row]:
     try:
-        value = json.loads(text)
+        value = _loads(text)
     except json.JSONDecodeError as error:
         hint = "; for one object per line name the file .jsonl" if error.msg == "Extra data" else ""
         raise DataError(
             f"{path}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}{hint}"
         ) from None
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: broken JSON: {_reason(error)}") from None
     if isinstance(value, dict):
         lists = [key for key, entry in value.items() if isinstance(entry, list)]
         if len(lists) != 1:
@@ -149,15 +158,37 @@ def _json(path: Path, text: str) -> Iterator[Row]:
     return enumerate(value, start=1)
 
 
+# What Python's parser raises besides JSONDecodeError: nesting and digits without end; ours too.
+_UNREADABLE = (ValueError, RecursionError)
+
+
+def _loads(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"one object holds the key {repeated!r} twice; keep one of them")
+    return made
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
 def _csv(path: Path, text: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    lines = (cells for cells in reader if cells)  # without blank ones, as in .jsonl
     try:
-        header = next(reader)
+        header = next(lines)
         repeated = [name for name in header if header.count(name) > 1]
         if repeated:
             raise DataError(f"{path}:1: the header names column {repeated[0]!r} twice")
-        for number, cells in enumerate(reader, start=1):
+        for number, cells in enumerate(lines, start=1):
             if len(cells) != len(header):
                 raise DataError(
                     f"{path}: row {number} (it ends on line {reader.line_num}):"
@@ -174,8 +205,9 @@ def _parquet(path: Path, content: bytes) -> Iterator[Row]:
 
     try:
         table = parquet.read_table(io.BytesIO(content))
+        table.validate(full=True)
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0].rpartition("'<Buffer>': ")[2]
+        reason = str(error).partition("\n")[0].rpartition("'<Buffer>': ")[2]
         raise DataError(
             f"{path}: the parquet file is truncated or damaged ({reason}); copy or download it"
             " again"

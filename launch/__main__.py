@@ -5,7 +5,8 @@ import signal
 
 def main() -> None:
     """Run the command; Ctrl-C ends it without a stack trace even while it is being imported."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell's background job ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from launch.cli import main as command_line
 
     command_line()

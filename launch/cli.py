@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ import typer
 from typer.models import ArgumentInfo
 
 from align import __version__
-from align.errors import AlignError, InputError
+from align.errors import AlignError, InputError, stopped_by
 from align.recipe import StageName
 from align.recipe_io import find_recipe, shipped_recipes
 from launch import experiment as experiments
@@ -77,8 +76,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except Stopped as stopped:
         if not stopped.announced:
-            name = signal.Signals(stopped.signum).name
-            print(f"error: stopped by {name}; the same command continues", file=sys.stderr)
+            print(f"error: {stopped_by(stopped.signum)}", file=sys.stderr)
         sys.exit(128 + stopped.signum)
     except BrokenPipeError:
         # The reader of our output has gone; what Python flushes at exit must not fail again.
@@ -105,7 +103,7 @@ def _run(experiment: Experiment) -> None:
         return
     experiments.run_stages(experiment, stages)
     report = experiment.directory / experiments.REPORT
-    if experiment.ran or not report.is_file():
+    if experiment.ran or not experiments.report_is_current(experiment):
         experiments.write_report(experiment)
     if settings.json:
         _print_json(_summary(experiment) | {"report": str(report)})
@@ -273,12 +271,15 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 @recipes.callback()
 def _recipes(context: typer.Context, as_json: Json = False) -> None:
     if context.invoked_subcommand is None:
-        list_recipes(as_json)
+        list_recipes(context, as_json)
+    elif as_json and context.invoked_subcommand != "list":
+        context.fail(f"--json goes with list; {context.invoked_subcommand} has none")
 
 
 @recipes.command(name="list")
-def list_recipes(as_json: Json = False) -> None:
+def list_recipes(context: typer.Context, as_json: Json = False) -> None:
     """List the shipped recipes."""
+    as_json = as_json or bool(context.parent and context.parent.params.get("as_json"))
     found = {name: _first_comment(path) for name, path in shipped_recipes().items()}
     if as_json:
         _print_json(found)

@@ -30,16 +30,20 @@ class Python:
     root: Path
     environ: Mapping[str, str]
 
-    def module(self, name: str, arguments: Sequence[str]) -> Command:
-        """Return ``python -m name arguments``, set up so that our packages win.
+    @property
+    def environment(self) -> dict[str, str]:
+        """The settings under which our packages win.
 
         ``data``, ``reward`` and the rest are common names: without PYTHONSAFEPATH a ``data.py`` in
         the user's working directory would be imported in place of ours.
         """
         inherited = self.environ.get("PYTHONPATH", "").split(os.pathsep)
         paths = [str(self.root), *(p for p in inherited if p and p != str(self.root))]
-        env = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
-        return Command((self.executable, "-m", name, *arguments), env)
+        return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
+
+    def module(self, name: str, arguments: Sequence[str]) -> Command:
+        """Return ``python -m name arguments``."""
+        return Command((self.executable, "-m", name, *arguments), self.environment)
 
 
 # glibc's allocator gives large tensors back to the system and takes them anew, page by page, at
@@ -67,9 +71,9 @@ def stage_command(
     return Command(command.argv, command.env | memory)
 
 
-def report_command(python: Python, run: Path) -> Command:
+def report_command(python: Python, run: Path, *, debug: bool = False) -> Command:
     """Return the process that writes a run's report."""
-    return python.module("pipelines.report", [str(run)])
+    return python.module("pipelines.report", [str(run), *["--debug"] * debug])
 
 
 def export_command(

@@ -12,18 +12,20 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from align import __version__
+from launch.command import Python
 from launch.packages import ROOT, strangers
 
 _DISTRIBUTION = "align-rlhf"
 # In a process of its own: importing torch takes seconds, and a broken one must not break us.
 _ASK_TORCH = """
 import json, torch
+from align.machine import has_bfloat16
 cuda = torch.cuda.is_available()
 devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
 print(json.dumps({
     "built_for": f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU",
     "threads": torch.get_num_threads(),
-    "bfloat16": torch.cuda.is_bf16_supported() if cuda else True,
+    "bfloat16": has_bfloat16(torch.device("cuda" if cuda else "cpu")),
     "gpus": [
         {
             "name": d.name,
@@ -83,8 +85,13 @@ def _libraries() -> tuple[dict[str, str | None], list[str]]:
 
 
 def _torch() -> dict[str, Any]:
+    ours = Python(sys.executable, ROOT, os.environ).environment
     process = subprocess.run(
-        [sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _ASK_TORCH],
+        env=os.environ | ours,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if process.returncode:
         lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]

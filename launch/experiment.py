@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from align.errors import AlignError, InputError
-from align.manifest import read_manifest
+from align.manifest import FILE as MANIFEST
+from align.manifest import check_replaceable, read_manifest
 from align.recipe import Recipe, StageName
 from align.recipe_io import find_recipe, load_recipe, shipped_recipes
 from align.stages import (
+    STAGES,
     named_files,
     parent_stages,
     planned_stages,
@@ -148,7 +150,7 @@ def one(experiment: Experiment, stage: StageName) -> tuple[StageName, ...]:
 
 
 def single(experiment: Experiment, stage: StageName) -> tuple[StageName, ...]:
-    """Return the one stage, after a look at what it builds on.
+    """Return the one stage, after a look at what it builds on; a stale parent is told, and used.
 
     Raises:
         InputError: the recipe does not make it.
@@ -156,7 +158,24 @@ def single(experiment: Experiment, stage: StageName) -> tuple[StageName, ...]:
     """
     stages = one(experiment, stage)
     read_parents(experiment.recipe, stage)
+    for parent in parent_stages(experiment.recipe, stage):
+        why = _why_stale(experiment.recipe, parent)
+        if why is not None:
+            experiment.settings.say(
+                f"warning: {stage} builds on {parent} as it was made, which is not up to date:"
+                f" {why}; `align run` makes it again"
+            )
     return stages
+
+
+def _why_stale(recipe: Recipe, parent: StageName) -> str | None:
+    """Return why a finished stage is not what the recipe says; of another run's, None."""
+    if parent not in planned_stages(recipe):
+        return None
+    try:
+        return why_not_done(recipe, parent)
+    except InputError as error:  # its data, perhaps, are no longer here
+        return str(error)
 
 
 def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
@@ -198,8 +217,19 @@ def write_report(experiment: Experiment) -> Path:
         ChildError: it could not be written.
     """
     # It prints the path, which is for the caller to say.
-    _start(report_command(_python(), experiment.directory), subprocess.DEVNULL)
+    command = report_command(_python(), experiment.directory, debug=experiment.settings.debug)
+    _start(command, subprocess.DEVNULL)
     return experiment.directory / REPORT
+
+
+def report_is_current(experiment: Experiment) -> bool:
+    """Whether there is a report, and no stage in it has finished since."""
+    report = experiment.directory / REPORT
+    if not report.is_file():
+        return False
+    manifests = (stage_directory(experiment.recipe, stage) / MANIFEST for stage in STAGES)
+    finished = [path.stat().st_mtime_ns for path in manifests if path.is_file()]
+    return max(finished, default=0) <= report.stat().st_mtime_ns
 
 
 def export(
@@ -263,13 +293,14 @@ def _why(experiment: Experiment, stage: StageName) -> str | None:
 
 
 def _check_place(directory: Path) -> None:
-    """Refuse a folder that could not be written, before hours of work go into it."""
+    """Refuse what could not or should not be replaced, before hours of work go into it."""
     nearest = next(path for path in (directory, *directory.parents) if os.path.exists(path))
     if not nearest.is_dir():
         problem = f"{nearest} is a file"
     elif not os.access(nearest, os.W_OK | os.X_OK):
         problem = f"no permission to write in {nearest}"
     else:
+        check_replaceable(directory)
         return
     raise InputError(f"{directory}: cannot be made: {problem}; change name or run.root")
 

@@ -7,12 +7,12 @@ import sys
 from types import FrameType
 from typing import NoReturn, TextIO
 
+from align.tracking import FINISH_TIMEOUT
 from launch.command import Command
 
-# A Ctrl-C in a terminal reaches the process without us. It gets this long to react before the
-# signal is sent on, since a second one makes it drop what it was still writing.
-_GRACE_SECONDS = 5.0
-_LAST_SECONDS = 30.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# From the signal to the end: a tracker's last upload, and time for everything else.
+_LAST_SECONDS = FINISH_TIMEOUT + 30.0
 
 
 class Stopped(BaseException):
@@ -26,13 +26,14 @@ class Stopped(BaseException):
 
 
 def catch_signals() -> None:
-    """Turn SIGINT, SIGTERM and SIGHUP into ``Stopped``."""
+    """Turn SIGINT, SIGTERM and SIGHUP into ``Stopped``, unless they are ignored, as by nohup."""
 
     def stop(signum: int, frame: FrameType | None) -> NoReturn:
         raise Stopped(signum)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
 
 
 def run(command: Command, stdout: int | TextIO | None = None) -> int:
@@ -44,9 +45,9 @@ def run(command: Command, stdout: int | TextIO | None = None) -> int:
     Raises:
         Stopped: we were asked to end; the process has ended by then.
     """
-    # Until the process can end cleanly, which it says by catching SIGINT, it does not hear one.
+    # Until the process can end cleanly, which it says by unblocking SIGINT, one has to wait.
     with subprocess.Popen(
-        command.argv, env=os.environ | command.env, stdout=stdout, preexec_fn=_ignore_interrupts
+        command.argv, env=os.environ | command.env, stdout=stdout, preexec_fn=_block_interrupts
     ) as process:
         try:
             code = process.wait()
@@ -62,20 +63,20 @@ def run(command: Command, stdout: int | TextIO | None = None) -> int:
     return code
 
 
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _block_interrupts() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 
 def _end(process: subprocess.Popen[bytes], signum: int) -> None:
-    """Wait until the process has ended, sending the signal on if it did not get it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    """Send the signal on and wait until the process has ended.
+
+    A terminal's Ctrl-C has reached it without us; it takes two that come together for one.
+    """
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    process.send_signal(signum)
     try:
-        process.wait(_GRACE_SECONDS)
+        process.wait(_LAST_SECONDS)
     except subprocess.TimeoutExpired:
-        process.send_signal(signum)
-        try:
-            process.wait(_LAST_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()

@@ -62,7 +62,7 @@ CURVES: dict[StageName, tuple[Curve, ...]] = {
         Curve(
             "KL coefficient",
             (("kl/coef", ""),),
-            "It follows the KL target; at an end of its range the target was not reached.",
+            "It rises while the KL is above its target and falls while it is below.",
             only_if_it_varies=True,
         ),
         Curve(

@@ -1,10 +1,11 @@
 """Evaluation: base, SFT and PPO answer the same held-out prompts; the reward model ranks pairs.
 
-Nothing here decides a training: the gold judge, held-out prompts and held-out rankings were seen by
-no stage. Shares come with 90 % intervals.
+Nothing here decides a training: the gold judge and held-out rankings were seen by no stage, and
+held-out prompts by PPO's probes only. Where those select a policy (``ppo.keep: best``) or end the
+training (``ppo.stop.divergence``), other prompts come first, and how many of the probes' had to be
+taken is said. Shares come with 90 % intervals.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,12 @@ from pipelines.answers import (
     answer_metrics,
 )
 from pipelines.heldout import perplexity, role_loss
-from pipelines.load_roles import LoadedRoles, load_roles
+from pipelines.load_roles import LoadedRoles, load_roles, usable_prompts
 from pipelines.rollout import Scorer, as_chat
 from pipelines.scoring import RewardScorer, ppo_scorer, reward_roles
 from pipelines.stage import StageJob, StageResult
 from pipelines.win_rate import bootstrap, wins
-from reward.ranking import pair_outcomes, share_with_interval
+from reward.ranking import calibration_error, pair_outcomes, share_with_interval
 
 # Metrics of a model stand under its name; these would be mistaken for a category's.
 _RESERVED = {"mean", "low", "high"}
@@ -44,14 +45,14 @@ def run(job: StageJob) -> StageResult:
     """Measure every finished model on held-out data; see the module's docstring."""
     recipe, section = job.recipe, job.recipe.evaluate
     assert section is not None
-    prompts = _heldout_prompts(job, section)
+    prompts, num_selected_on = _heldout_prompts(job, section)
     gold = _gold_judge(section)
     loaded = load_roles(job, _adapters(job), max_new_tokens=section.max_new_tokens)
-    prompts, lost_prompts = _usable(prompts, loaded.renderer)
+    prompts = usable_prompts(job, loaded, prompts)
     categories = _categories(section, prompts)
     scorer = _scorer(job, loaded)
-    demonstrations, lost_demonstrations = _demonstrations(job, loaded.renderer, section)
-    rankings, lost_rankings = _rankings(job, loaded.renderer, section)
+    demonstrations = _demonstrations(job, loaded.renderer, section)
+    rankings = _rankings(job, loaded.renderer, section)
     models: dict[str, Role] = {"base": "base", "sft": "reference"}
     if "ppo" in job.parents:
         models["ppo"] = "policy"
@@ -74,31 +75,30 @@ def run(job: StageJob) -> StageResult:
     metrics |= _win_rate(answers, section.bootstrap, seed)
     if rankings:
         metrics |= _reward_accuracy(loaded, rankings, section, gold)
+    if num_selected_on:
+        job.log.note(
+            f"evaluate  PPO has selected its policy on {num_selected_on} of the prompts; give more"
+            " in data.prompts.heldout"
+        )
+        metrics["prompts/selected_on"] = float(num_selected_on)
 
     job.log.log(0, metrics)
     job.sample(_sample_rows(prompts, answers, categories))
-    dropped = {"prompts": lost_prompts, "sft": lost_demonstrations, "reward": lost_rankings}
-    return StageResult(
-        metrics, ("samples.jsonl", "metrics.jsonl"), loaded.tokenizer, loaded.facts, dropped
-    )
+    return StageResult(metrics, ("samples.jsonl", "metrics.jsonl"), loaded.tokenizer, loaded.facts)
 
 
-def _heldout_prompts(job: StageJob, section: Evaluate) -> list[Prompt]:
+def _heldout_prompts(job: StageJob, section: Evaluate) -> tuple[list[Prompt], int]:
+    """Return the prompts to answer, and on how many of them PPO has selected its policy."""
     data = job.data.get("prompts")
     prompts = [p for p in data.heldout if isinstance(p, Prompt)] if data is not None else []
     if not prompts:
         raise DataError(
             "evaluate needs held-out prompts: give data.prompts.heldout one or more sources"
         )
-    return prompts[: section.prompts]
-
-
-def _usable(prompts: list[Prompt], renderer: Renderer) -> tuple[list[Prompt], Counter[str]]:
-    kept, dropped = render_all(prompts, lambda prompt: (prompt, renderer.prompt(prompt.messages)))
-    if not kept:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
-        raise DataError(f"data.prompts.heldout: no prompt is usable as tokens ({reasons})")
-    return [prompt for prompt, _ in kept], dropped
+    ppo = job.recipe.ppo if "ppo" in job.parents else None
+    seen = min(ppo.selected_on, len(prompts)) if ppo is not None else 0
+    chosen = (prompts[seen:] + prompts[:seen])[: section.prompts]
+    return chosen, max(0, len(chosen) - (len(prompts) - seen))
 
 
 def _adapters(job: StageJob) -> dict[Role, Path]:
@@ -156,26 +156,24 @@ def _categories(section: Evaluate, prompts: Sequence[Prompt]) -> list[str] | Non
     return categories
 
 
-def _demonstrations(
-    job: StageJob, renderer: Renderer, section: Evaluate
-) -> tuple[list[Tokens], Counter[str]]:
+def _demonstrations(job: StageJob, renderer: Renderer, section: Evaluate) -> list[Tokens]:
     """Return held-out demonstrations; nothing is sampled for them, so as many as pairs."""
     data = job.data.get("sft")
     rows = data.heldout[: section.pairs] if data is not None else ()
     demonstrations = [row for row in rows if isinstance(row, Demonstration)]
-    return render_all(demonstrations, lambda row: renderer.demonstration(row.messages))
+    kept, dropped = render_all(demonstrations, lambda row: renderer.demonstration(row.messages))
+    job.check_dropped("sft", len(kept), dropped)
+    return kept
 
 
-def _rankings(
-    job: StageJob, renderer: Renderer, section: Evaluate
-) -> tuple[list[RenderedRanking], Counter[str]]:
+def _rankings(job: StageJob, renderer: Renderer, section: Evaluate) -> list[RenderedRanking]:
     """Return the first held-out rankings, up to ``evaluate.pairs`` pairs, and their tokens.
 
     Only for a reward model: without one there is nothing to be accurate.
     """
     data = job.data.get("reward")
     if data is None or "reward" not in job.parents:
-        return [], Counter()
+        return []
     rows: list[Ranking] = []
     pairs = 0
     for row in data.heldout:
@@ -184,9 +182,11 @@ def _rankings(
             break
         rows.append(row)
         pairs += len(row.scores) * (len(row.scores) - 1) // 2
-    return render_all(
+    kept, dropped = render_all(
         rows, lambda row: (row, [renderer.response(row.messages, r) for r in row.responses])
     )
+    job.check_dropped("reward", len(kept), dropped)
+    return kept
 
 
 def _win_rate(answers: dict[str, Answers], resamples: int, seed: int) -> dict[str, float]:
@@ -209,7 +209,9 @@ def _reward_accuracy(
     """Return how often the reward model orders held-out pairs as labels and gold judge do."""
     scores = _score(loaded, rankings, section.batch_size)
     groups = torch.tensor([i for i, (_, ids) in enumerate(rankings) for _ in ids])
-    labels = torch.tensor([score for row, _ in rankings for score in row.scores])
+    labels = torch.tensor(
+        [score for row, _ in rankings for score in row.scores], dtype=torch.float64
+    )
     lengths = torch.tensor([float(len(answer)) for _, ids in rankings for answer in ids])
     outcomes, owners = pair_outcomes(scores, groups, labels)
     if not len(outcomes):
@@ -222,6 +224,7 @@ def _reward_accuracy(
         "reward/accuracy/low": share.low,
         "reward/accuracy/high": share.high,
         "reward/accuracy/longer_wins": longer.mean().item(),
+        "reward/calibration/ece": calibration_error(scores, groups, labels),
     }
     if gold is not None:
         chats = [as_chat(as_prompt(row)) for row, ids in rankings for _ in ids]

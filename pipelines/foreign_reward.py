@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from align.adapters import CONFIG
 from align.attention import why_not_packed
+from align.base_check import check_base, own_logprobs, probe_texts
 from align.errors import InputError, ParentError, TrainingError
 from align.functions import Chat
 from align.manifest import BaseFacts, Manifest
@@ -130,16 +131,19 @@ def load_foreign_rewards(
             "data.max_prompt_tokens + ppo.max_new_tokens",
         )
         causal_lm = load_causal_lm(foreign, location)
+    texts = probe_texts(causal_lm.config.vocab_size)
+    expected = own_logprobs(causal_lm, texts)
     roles = Roles(
         causal_lm,
         {f"reward{i}": model for i, model in enumerate(models)},
         heads={f"reward{i}": load_score_head(model) for i, model in enumerate(models)},
         engine="hf" if why_not_packed(causal_lm.config) else recipe.ppo.rollout.engine,
-    )
+    ).to(compute_device())
+    check_base(roles, texts, expected)
     positions = getattr(causal_lm.config, "max_position_embeddings", None) or sys.maxsize
     return ForeignRewards(
         tuple(folders),
-        roles.to(compute_device()),
+        roles,
         Renderer(tokenizer, limits.max_prompt_tokens, positions - 1),
         positions,
         batch_size,

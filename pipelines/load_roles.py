@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.adapters import is_adapter
 from align.attention import why_not_packed
+from align.base_check import check_base, own_logprobs, probe_texts
 from align.generation import Engine
 from align.manifest import BaseFacts
 from align.merging import merged
@@ -21,7 +22,8 @@ from align.models import (
     recipe_base_facts,
 )
 from align.roles import Role, Roles
-from data.render import Renderer
+from data.records import Prompt, Record
+from data.render import Renderer, render_all
 from data.tokenizer import end_ids
 from pipelines.stage import StageJob
 from reward.model import SCORE_FILE, ScoreHead, load_score_head
@@ -62,17 +64,22 @@ def load_roles(
         engine: see ``align.roles.Roles``; None takes the native one where the base allows it.
 
     Raises:
-        InputError: prompts and responses are longer than the base allows.
+        InputError: prompts and responses are longer than the base allows, or the base is of a kind
+            whose log-probabilities come out wrong here.
         ParentError: a parent was made on another base, or with another tokenizer or template.
     """
     limits, location = job.recipe.data, base_location(job.recipe)
-    tokenizer = AutoTokenizer.from_pretrained(job.parent_folder("sft") / "model")
+    tokenizer = AutoTokenizer.from_pretrained(
+        job.parent_folder("sft") / "model", trust_remote_code=job.recipe.base.trust_remote_code
+    )
     facts = recipe_base_facts(job.recipe)
     job.check_origin(tokenizer, facts)
     keys = f"data.max_prompt_tokens + {job.stage}.max_new_tokens"
     longest = limits.max_prompt_tokens + max_new_tokens
     check_lengths(base_config(job.recipe, location), tokenizer, longest, keys)
     base = load_causal_lm(job.recipe, location)
+    texts = probe_texts(base.config.vocab_size)
+    expected = own_logprobs(base, texts)
     heads: dict[Role, ScoreHead] = {
         role: load_score_head(folder)
         for role, folder in folders.items()
@@ -90,10 +97,23 @@ def load_roles(
         engine=engine or ("hf" if why_not_packed(base.config) else "native"),
         recompute=job.recipe.base.gradient_checkpointing and bool(trainable),
     ).to(compute_device())
+    check_base(roles, texts, expected)
     renderer = Renderer(tokenizer, limits.max_prompt_tokens, limits.max_response_tokens)
     return LoadedRoles(
         roles, facts, tokenizer, renderer, end_ids(tokenizer), tokenizer.pad_token_id
     )
+
+
+def usable_prompts(job: StageJob, loaded: LoadedRoles, records: Sequence[Record]) -> list[Prompt]:
+    """Return the prompts of ``data.prompts`` among the records that can be tokenised.
+
+    Raises:
+        DataError: too many of them cannot be; see ``StageJob.check_dropped``.
+    """
+    prompts = [record for record in records if isinstance(record, Prompt)]
+    kept, dropped = render_all(prompts, lambda p: (p, loaded.renderer.prompt(p.messages)))
+    job.check_dropped("prompts", len(kept), dropped)
+    return [prompt for prompt, _ in kept]
 
 
 def _value_head(folder: Path | None, hidden_size: int) -> ScoreHead:
@@ -106,6 +126,7 @@ def _value_head(folder: Path | None, hidden_size: int) -> ScoreHead:
 def _own_model(job: StageJob, location: str, role: Role, folder: Path) -> PreTrainedModel:
     """Return a model of its own in float32: a checkpoint, or the base with an adapter merged in."""
     if is_adapter(folder):
+        # In float32: what an adapter adds to a weight is less than bfloat16 can tell.
         model = merged(load_causal_lm(job.recipe, location), folder)
     else:
         model = load_causal_lm(job.recipe, str(folder))

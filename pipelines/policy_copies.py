@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from align.recipe_ppo import Ppo
 from align.roles import Roles
 from pipelines.probe import Probe
+from pipelines.shaping import Outcome, ScoreScaler, worth
 
 
 class BestPolicy:
@@ -78,12 +80,15 @@ class KeptPolicy:
 
     Args:
         probe: looks at the policy that would be kept if training ended now.
+        scaler: of the scores that training sees.
     """
 
-    def __init__(self, section: Ppo, roles: Roles, probe: Probe) -> None:
-        self._kl, self._probe = section.kl, probe
+    def __init__(self, section: Ppo, roles: Roles, probe: Probe, scaler: ScoreScaler) -> None:
+        self._section, self._probe, self._scaler = section, probe, scaler
         policy, value = roles.role_parameters("policy"), roles.role_parameters("value")
         self._best = BestPolicy(policy + value) if section.keep == "best" else None
+        self._best_seen: Outcome | None = None
+        self._best_metrics: dict[str, float] = {}
         self._ema = PolicyEma(policy, section.ema) if section.ema is not None else None
 
     def after_update(self) -> None:
@@ -91,23 +96,36 @@ class KeptPolicy:
         if self._ema is not None:
             self._ema.update()
 
-    def look(self, step: int) -> dict[str, float]:
-        """Return what the probe says of the policy, and keep it if it is the best so far.
+    def look(self, step: int, metrics: dict[str, float], kl_coef: float) -> dict[str, float]:
+        """Return the step's metrics with what the probe says; keep the policy if it is the best.
 
-        It is worth the probe's score less its KL penalty: what PPO maximises, on held-out prompts.
+        What a policy is worth on the held-out prompts is what PPO maximises on the others. Scaling
+        and the KL coefficient may move from look to look, so the one kept so far is judged again.
+
+        Args:
+            metrics: of the step, without the probe's.
+            kl_coef: as it stands.
         """
         with self._ema.applied() if self._ema is not None else nullcontext():
-            metrics = self._probe.look(step)
-        if self._best is not None:
-            coef = self._kl.coef or self._kl.loss_coef
-            self._best.offer(step, metrics["probe/score"] - coef * metrics["probe/kl"])
+            seen, found = self._probe.look(step)
+        metrics = metrics | seen
+        if self._best is not None and found is not None:
+            judge = partial(worth, section=self._section, kl_coef=kl_coef, scaler=self._scaler)
+            if self._best_seen is not None:
+                self._best.value = judge(self._best_seen)
+            if self._best.offer(step, judge(found)):
+                self._best_seen, self._best_metrics = found, metrics
         return metrics
 
-    def settle(self) -> dict[str, float]:
-        """Put the policy to keep into the parameters; return ``best_step`` where it is the best."""
+    def settle(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Put the policy to keep into the parameters; return the metrics of its step.
+
+        Args:
+            metrics: of the last step; where another is the best, ``best_step`` says which.
+        """
         if self._ema is not None:
             self._ema.apply()
-        if self._best is None:
-            return {}
+        if self._best is None or self._best.step is None:
+            return metrics
         self._best.restore()
-        return {"best_step": float(self._best.step or 0)}
+        return self._best_metrics | {"best_step": float(self._best.step)}

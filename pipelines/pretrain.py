@@ -24,12 +24,12 @@ from align.errors import InputError
 from align.models import base_facts, new_llama
 from align.recipe import Pretrain, Recipe
 from align.seeds import derive_seed
-from data.records import Demonstration, Ranking, Record, Text, as_demonstration
+from data.records import Record
 from data.render import Renderer, Tokens, render_all
 from data.tokenizer import prepare_tokenizer, train_tokenizer, training_text
 from pipelines.heldout import heldout_loss, perplexity
 from pipelines.stage import StageJob, StageResult
-from pipelines.trainer_log import connect, trainer_settings
+from pipelines.trainer_log import connect, training_arguments
 
 _NO_LIMIT = 2**31
 
@@ -43,7 +43,7 @@ def run(job: StageJob) -> StageResult:
     tokenizer = _tokenizer(job.recipe, data.train)
     train, dropped = documents(data.train, tokenizer)
     heldout, heldout_dropped = documents(data.heldout, tokenizer)
-    job.check_dropped("pretrain", dropped + heldout_dropped)
+    job.check_dropped("pretrain", len(train) + len(heldout), dropped + heldout_dropped)
     blocks = pack(train, section.sequence_length)
     if len(blocks) < section.batch_size:
         raise InputError(
@@ -72,7 +72,6 @@ def run(job: StageJob) -> StageResult:
         outputs=("model",),
         tokenizer=tokenizer,
         base=base_facts(str(folder), None),
-        dropped={"pretrain": dropped + heldout_dropped},
     )
 
 
@@ -85,17 +84,7 @@ def documents(
     """
     renderer = Renderer(tokenizer, _NO_LIMIT, _NO_LIMIT)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else renderer.end_ids[0]
-
-    def ids(record: Record) -> list[int]:
-        if isinstance(record, Demonstration | Ranking):
-            return renderer.demonstration(as_demonstration(record).messages).input_ids
-        assert isinstance(record, Text)
-        encoded: list[int] = tokenizer(
-            record.text, add_special_tokens=False, split_special_tokens=True, verbose=False
-        )["input_ids"]
-        return encoded
-
-    kept, dropped = render_all(records, ids)
+    kept, dropped = render_all(records, renderer.document)
     return [row if row[-1:] == [end] else [*row, end] for row in kept], dropped
 
 
@@ -111,7 +100,9 @@ def _tokenizer(recipe: Recipe, records: Sequence[Record]) -> PreTrainedTokenizer
     if section.id is None:
         return train_tokenizer(map(training_text, records), section)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(section.id)
+        tokenizer = AutoTokenizer.from_pretrained(
+            section.id, trust_remote_code=recipe.base.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise InputError(f"tokenizer.id={section.id}: cannot be loaded: {error}") from error
     return prepare_tokenizer(tokenizer, section)
@@ -121,16 +112,18 @@ def _train(
     job: StageJob, section: Pretrain, model: PreTrainedModel, blocks: Tensor
 ) -> dict[str, float]:
     """Train ``model`` in place and return what was logged last."""
-    settings = trainer_settings(
-        section, job.directory, steps=section.steps, seed=job.recipe.seed
-    ) | {
-        "dataloader_drop_last": True,  # every step has full batches
-        "remove_unused_columns": False,
-        "include_num_input_tokens_seen": "all",
-    }
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(**settings),
+        args=training_arguments(
+            TrainingArguments,
+            section,
+            job.directory,
+            steps=section.steps,
+            seed=job.recipe.seed,
+            dataloader_drop_last=True,  # every step has full batches
+            remove_unused_columns=False,
+            include_num_input_tokens_seen="all",
+        ),
         train_dataset=TensorDataset(blocks),
         data_collator=_collate,
     )

@@ -9,11 +9,10 @@ import torch
 
 from align.functions import call_score_function, load_function
 from align.seeds import derive_seed
-from align.sequences import micro_batches
-from data.records import Prompt
-from pipelines.load_roles import LoadedRoles
-from pipelines.rollout import Rollout, Scorer, collect
-from pipelines.scoring import RewardScorer, heldout_scorer
+from pipelines.load_roles import LoadedRoles, usable_prompts
+from pipelines.rollout import collect
+from pipelines.scoring import RewardScorer
+from pipelines.shaping import Outcome, outcome
 from pipelines.stage import StageJob
 
 
@@ -21,8 +20,8 @@ class Probe:
     """Answers the first ``ppo.probe_prompts`` held-out prompts and records what came out.
 
     Raises:
-        RecipeError: ``evaluate.gold`` or ``ppo.heldout_reward`` names no function.
-        InputError: the held-out reward model cannot be loaded; see ``pipelines.scoring``.
+        RecipeError: ``evaluate.gold`` names no function.
+        DataError: too many of the prompts cannot be tokenised; see ``StageJob.check_dropped``.
     """
 
     def __init__(self, job: StageJob, loaded: LoadedRoles, score: RewardScorer) -> None:
@@ -30,24 +29,24 @@ class Probe:
         self._job, self._loaded, self._score = job, loaded, score
         self._section = job.recipe.ppo
         heldout = job.data["prompts"].heldout[: self._section.probe_prompts]
-        self._prompts = [row for row in heldout if isinstance(row, Prompt)]
+        self._prompts = usable_prompts(job, loaded, heldout)
         evaluate = job.recipe.evaluate
         self._gold_name = evaluate.gold if evaluate is not None else None
         self._gold = load_function(self._gold_name) if self._gold_name else None
-        self._heldout = heldout_scorer(job, self._section, loaded)
 
-    def look(self, step: int) -> dict[str, float]:
+    def look(self, step: int) -> tuple[dict[str, float], Outcome | None]:
         """Answer the prompts as the policy stands; append to ``samples.jsonl``.
 
         Always with the same sampling seed, so that two looks differ by the policy alone.
 
         Returns:
+            What came out of each response, None without held-out prompts; and the metrics
             ``probe/score``, ``probe/kl``, ``probe/length``, ``probe/eos_rate``; with several
             rewards ``probe/score/<name>``, with a held-out one ``probe/heldout_reward``, with a
             gold judge ``probe/gold``; empty without held-out prompts.
         """
         if not self._prompts:
-            return {}
+            return {}, None
         seed = derive_seed(self._job.recipe.seed, "probe")
         rollout = collect(self._loaded, self._prompts, self._score, self._section, seed=seed)
         seen = rollout.metrics()
@@ -58,8 +57,9 @@ class Probe:
             "probe/eos_rate": seen["eos_rate"],
         } | {f"probe/{key}": value for key, value in self._score.take_metrics().items()}
         columns = {"score": rollout.scores.tolist()}
-        if self._heldout is not None:
-            heldout = self._heldout_rewards(self._heldout, rollout)
+        if self._score.heldout is not None:
+            with torch.no_grad():
+                heldout = self._score.heldout(rollout.prompts, rollout.responses, rollout.sequences)
             metrics["probe/heldout_reward"] = float(heldout.mean())
             columns["heldout_reward"] = heldout.tolist()
         if self._gold is not None and self._gold_name is not None:
@@ -77,15 +77,4 @@ class Probe:
                 )
             ]
         )
-        return metrics
-
-    @torch.no_grad()
-    def _heldout_rewards(self, score: Scorer, rollout: Rollout) -> torch.Tensor:
-        section, parts = self._section, []
-        size = section.micro_batch_size or section.minibatch_size
-        tokens = section.max_tokens_per_microbatch
-        for rows in micro_batches(rollout.sequences.lengths, rows=size, tokens=tokens):
-            prompts = [rollout.prompts[i] for i in rows]
-            responses = [rollout.responses[i] for i in rows]
-            parts.append(score(prompts, responses, rollout.sequences.rows(rows)))
-        return torch.cat(parts)
+        return metrics, outcome(rollout)

@@ -6,12 +6,17 @@ import logging
 import os
 import random
 import signal
+import sys
+import time
 import warnings
 from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn
 
+from align.errors import stopped_by
 from align.recipe import Recipe
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_ONE_SIGNAL_SECONDS = 3.0  # signals that come within this time count as one
 
 
 class Stopped(BaseException):
@@ -24,17 +29,35 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def signals_as_exceptions() -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into ``Stopped``; a second one ends the process at once."""
+    """Turn the first SIGINT, SIGTERM or SIGHUP into ``Stopped``; a later one ends the process.
 
-    def stop(signum: int, frame: FrameType | None) -> NoReturn:
-        for number in before:
-            signal.signal(number, signal.SIG_DFL)
-        raise Stopped(signum)
+    What is ignored stays so: ``nohup`` and a shell's background jobs count on it. The launcher
+    starts us with SIGINT blocked; one that came since ends the process here, nothing having begun.
+    """
+    first: float | None = None
 
-    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            raise Stopped(signum)
+        # The launcher sends on what a terminal has sent to both of us.
+        if time.monotonic() - first > _ONE_SIGNAL_SECONDS:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+
+    heard = [n for n in _SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+    before = {n: signal.signal(n, stop) for n in heard}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    except Stopped as stopped:
+        print(stopped_by(stopped.signum), file=sys.stderr)
+        sys.exit(128 + stopped.signum)
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
 

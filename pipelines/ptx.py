@@ -1,19 +1,21 @@
 """Language modelling beside PPO, so that the policy keeps what it could (PPO-ptx)."""
 
 from collections import Counter
+from collections.abc import Iterator
 
 from torch import Tensor
 
-from align.functional import masked_mean
+from align.functional import masked_sum
 from align.models import check_lengths
-from align.recipe_ppo import Ptx as PtxSection
+from align.recipe_ppo import Ppo
 from align.roles import Roles
 from align.seeds import derive_seed
 from data.order import draw
 from data.records import Demonstration, Ranking, Record, as_demonstration
-from data.render import Tokens, render_all
+from data.render import IGNORED, Tokens, render_all
 from pipelines.heldout import learned_logprobs
 from pipelines.load_roles import LoadedRoles
+from pipelines.rollout import passes
 from pipelines.stage import StageJob
 
 
@@ -23,41 +25,45 @@ class Ptx:
     (Ouyang et al. 2022, equation 2.) Demonstrations are learned from as in supervised tuning; of a
     text, the first ``data.max_prompt_tokens + data.max_response_tokens`` tokens are.
 
-    Attributes:
-        dropped: why rows of ``data.<source>`` could not be used, counted.
-
     Raises:
         DataError: more rows than ``data.max_dropped`` cannot be used.
         InputError: the base has too few positions for these rows.
     """
 
-    def __init__(self, job: StageJob, loaded: LoadedRoles, section: PtxSection) -> None:
+    def __init__(self, job: StageJob, loaded: LoadedRoles, section: Ppo) -> None:
+        ptx = section.ptx
+        assert ptx is not None
         limits = job.recipe.data
         longest = limits.max_prompt_tokens + limits.max_response_tokens
         keys = "ppo.ptx: data.max_prompt_tokens + data.max_response_tokens"
         check_lengths(loaded.roles.base.config, loaded.tokenizer, longest, keys)
-        records = job.data[section.source].train
-        if section.source == "sft":
-            rows, self.dropped = _demonstrations(records, loaded)
+        records = job.data[ptx.source].train
+        if ptx.source == "sft":
+            rows, dropped = _demonstrations(records, loaded)
         else:
-            rows, self.dropped = _texts(records, loaded, longest)
-        job.check_dropped(section.source, self.dropped)
-        self._rows = rows
-        self._batch_size = section.batch_size
+            rows, dropped = _texts(records, loaded, longest)
+        job.check_dropped(ptx.source, len(rows), dropped)
+        self._rows, self._section = rows, section
+        self._batch_size = ptx.batch_size
         self._seed = derive_seed(job.recipe.seed, "ptx")
 
-    def loss(self, roles: Roles, step: int) -> tuple[Tensor, int]:
-        """Return the policy's loss on the batch of an optimiser step, and over how many tokens.
+    def losses(self, roles: Roles, step: int) -> Iterator[Tensor]:
+        """Return the policy's loss on the batch of an optimiser step, pass by pass.
 
-        The loss is the mean negative log-likelihood of the learned tokens, in nats, at temperature
-        1; each row's first token is never predicted.
+        Their sum is the mean negative log-likelihood of the batch's learned tokens, in nats, at
+        temperature 1; each row's first token is never predicted. Backward one before asking for the
+        next: passes are cut as those of PPO are, so that the batch need not fit into memory at
+        once.
 
         Args:
             step: counted from 0 over the whole run; says which rows are drawn.
         """
         chosen = draw(len(self._rows), step * self._batch_size, self._batch_size, self._seed)
-        logprobs, learned = learned_logprobs(roles, "policy", [self._rows[row] for row in chosen])
-        return -masked_mean(logprobs, learned), int(learned.sum())
+        rows = [self._rows[number] for number in chosen]
+        num_tokens = sum(label != IGNORED for row in rows for label in row.labels[1:])
+        for part in passes([len(row.input_ids) for row in rows], self._section):
+            logprobs, learned = learned_logprobs(roles, "policy", [rows[i] for i in part])
+            yield -masked_sum(logprobs, learned) / num_tokens
 
 
 def _demonstrations(

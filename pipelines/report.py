@@ -8,9 +8,9 @@ only escaped.
 """
 
 import argparse
-import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import align
-from align.errors import AlignError
+from align.errors import AlignError, stopped_by
+from align.manifest import find_manifest
 from align.recipe import StageName
 from pipelines import charts, results
 from pipelines.charts import COLORS, MODEL_NAMES, Line
@@ -86,7 +87,7 @@ def render(run: Run, directory: Path) -> str:
         reward=_reward_section(run),
         examples=examples(run),
         curves=_curve_sections(run),
-        chain=[_chain_line(facts, run) for facts in run.values() if facts.manifest],
+        chain=[_chain_line(facts) for facts in run.values() if facts.manifest],
         data=_data_lines(run),
         versions=_versions(run),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
@@ -187,12 +188,12 @@ def _draw(curve: Curve, facts: StageFacts) -> str | None:
     return charts.line_chart(lines, name=name, x=x, share=curve.share)
 
 
-def _chain_line(facts: StageFacts, run: Run) -> dict[str, Any]:
+def _chain_line(facts: StageFacts) -> dict[str, Any]:
     manifest = facts.manifest
     assert manifest is not None
     parents = []
     for parent in manifest.parents:
-        there = run[parent.stage].manifest if parent.stage in run else None
+        there = find_manifest(facts.directory / parent.path)
         if there is None:
             state = "not found"
         else:
@@ -250,12 +251,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             print(write_report(options.run))
         except Stopped as stopped:
-            name = signal.Signals(stopped.signum).name
-            print(f"report: stopped by {name}; the same command starts it again", file=sys.stderr)
+            print(f"report: {stopped_by(stopped.signum)}", file=sys.stderr)
             return 128 + stopped.signum
         except (AlignError, OSError) as error:
             if options.debug:
-                raise
+                traceback.print_exc()
             print(f"report: {error}", file=sys.stderr)
             return error.exit_code if isinstance(error, AlignError) else 1
     return 0

@@ -259,6 +259,11 @@ def _change(
     sentences = [
         f"{where} the mean {label} went from {decimal(before)} (SFT) to {decimal(after)} (PPO)."
     ]
+    if "prompts/selected_on" in metrics:
+        sentences.append(
+            f"PPO has selected its policy on {metrics['prompts/selected_on']:.0f} of them, so that"
+            " its figures are somewhat too good."
+        )
     if worse := _worse_categories(metrics):
         sentences.append(f"It fell in {' and '.join(worse)}.")
     if "ppo/win_rate/mean" in metrics:
@@ -328,8 +333,8 @@ _STAGE_FIGURES = (
     ("pretrain", "perplexity", "Perplexity of the base", number),
     ("sft", "perplexity", "Perplexity after SFT", number),
     ("sft", "eos_rate", "SFT answers that end", percent),
-    ("ppo", "score/mean", "Reward score, last rollout", number),
-    ("ppo", "kl/mean", "KL to SFT, last rollout", number),
+    ("ppo", "score/mean", "Reward score in PPO", number),
+    ("ppo", "kl/mean", "KL to SFT in PPO", number),
 )
 
 

@@ -5,7 +5,6 @@ of InstructGPT, and is then shifted so that the demonstrations score 0 on averag
 """
 
 import gc
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -25,14 +24,14 @@ from align.models import (
     recipe_base_facts,
     recompute_activations,
 )
-from align.recipe import Recipe, Reward
+from align.recipe import Recipe
 from align.seeds import derive_seed
 from data.records import Demonstration, Ranking, Record, as_demonstration
 from data.render import Renderer, Unusable, render_all
 from pipelines.stage import StageJob, StageResult
-from pipelines.trainer_log import connect, num_steps, trainer_settings
+from pipelines.trainer_log import connect, num_steps, training_arguments
 from reward.calibrate import center_on
-from reward.model import RewardModel, load_reward_model, new_reward_model
+from reward.model import RewardModel, load_reward_model, new_reward_model, write_calibration
 from reward.ranking import count_rankings, pair_outcomes, ranking_loss, ranking_metrics
 from reward.scorer import pad_rows, score_rows
 
@@ -66,7 +65,6 @@ class Tokenized:
     train: list[RankedTokens]
     heldout: list[RankedTokens]
     demonstrations: list[Row]
-    dropped: dict[str, Counter[str]]
     pad_id: int
 
 
@@ -76,7 +74,9 @@ def run(job: StageJob) -> StageResult:
     assert section is not None
     location = base_location(recipe)
     facts = recipe_base_facts(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(job.parent_folder("sft") / "model")
+    tokenizer = AutoTokenizer.from_pretrained(
+        job.parent_folder("sft") / "model", trust_remote_code=recipe.base.trust_remote_code
+    )
     job.check_origin(tokenizer, facts)
     tokens = _tokenize(job, tokenizer)
 
@@ -90,24 +90,28 @@ def run(job: StageJob) -> StageResult:
     if recipe.base.gradient_checkpointing:
         recompute_activations(model.backbone)
     steps = _train(job, model, tokens)
-    score = _scorer(model, section, tokens.pad_id)
+    # First of all: what follows may run out of memory.
+    folder = job.directory / "model"
+    model.save(folder, location, facts.revision)
+    tokenizer.save_pretrained(folder)
+
+    batch_size = 2 * (section.micro_batch_size or section.batch_size)
+    score = _scorer(model, batch_size, tokens.pad_id)
     if tokens.demonstrations:
         calibration = center_on(score(tokens.demonstrations))
         model.head.shift.fill_(calibration.shift)
         model.head.scale.fill_(calibration.scale)
+        write_calibration(folder, calibration.shift, calibration.scale)
     metrics = _measure(score, tokens)
     job.log.log(steps, metrics)
 
-    folder = job.directory / "model"
-    model.save(folder, location)
-    tokenizer.save_pretrained(folder)
     probe = (tokens.demonstrations or tokens.train[0].rows())[:PROBE_ROWS]
     expected = score(probe)
     # The live model goes first: two of them need not fit into memory.
     del model, score
     gc.collect()
-    check_reload(recipe, location, folder, probe, expected, tokens.pad_id)
-    return StageResult(metrics, ("model",), tokenizer, facts, tokens.dropped)
+    check_reload(recipe, location, folder, probe, expected, tokens.pad_id, batch_size=batch_size)
+    return StageResult(metrics, ("model",), tokenizer, facts)
 
 
 def ranked_tokens(renderer: Renderer, ranking: Ranking) -> RankedTokens:
@@ -141,7 +145,8 @@ def collate(rows: Sequence[RankedTokens], pad_id: int) -> Batch:
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "groups": torch.arange(len(rows)).repeat_interleave(counts),
-        "targets": torch.tensor([target for row in rows for target in row.targets]),
+        # Only compared; float32 would make ties of scores such as 16777216 and 16777217.
+        "targets": torch.tensor([t for row in rows for t in row.targets], dtype=torch.float64),
         "margins": torch.tensor(
             [float("nan") if row.margin is None else row.margin for row in rows]
         ),
@@ -203,14 +208,19 @@ def check_reload(
     probe: Sequence[Row],
     expected: Tensor,
     pad_id: int,
+    *,
+    batch_size: int,
 ) -> None:
     """Load a saved reward model on a fresh base and compare its scores with the live model's.
+
+    Args:
+        batch_size: as ``expected`` was computed with: in bfloat16 other shapes round differently.
 
     Raises:
         TrainingError: they differ.
     """
     model = load_reward_model(load_causal_lm(recipe, location), folder).to(compute_device())
-    found = score_rows(model, probe, batch_size=len(probe), pad_id=pad_id, device=compute_device())
+    found = _scorer(model, batch_size, pad_id)(probe)
     difference = (found - expected).abs().max().item()
     if not difference <= RELOAD_TOLERANCE:
         raise TrainingError(
@@ -229,13 +239,12 @@ def _tokenize(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
 
     train, dropped = render_all(job.data["reward"].train, render)
     heldout, heldout_dropped = render_all(job.data["reward"].heldout, render)
-    dropped += heldout_dropped
-    job.check_dropped("reward", dropped)
+    job.check_dropped("reward", len(train) + len(heldout), dropped + heldout_dropped)
     if not train:
         raise InputError("data.reward: no training row is left once tokenised")
     assert isinstance(tokenizer.pad_token_id, int)
     demonstrations = _demonstrations(job, renderer)
-    return Tokenized(train, heldout, demonstrations, {"reward": dropped}, tokenizer.pad_token_id)
+    return Tokenized(train, heldout, demonstrations, tokenizer.pad_token_id)
 
 
 def _demonstrations(job: StageJob, renderer: Renderer) -> list[Row]:
@@ -267,8 +276,12 @@ def _train(job: StageJob, model: RewardModel, tokens: Tokenized) -> int:
     trainer = RankingTrainer(
         margin=section.margin,
         model=model,
-        args=TrainingArguments(
-            **trainer_settings(section, job.directory, steps=steps, seed=seed),
+        args=training_arguments(
+            TrainingArguments,
+            section,
+            job.directory,
+            steps=steps,
+            seed=seed,
             remove_unused_columns=False,
         ),
         train_dataset=tokens.train,
@@ -280,9 +293,7 @@ def _train(job: StageJob, model: RewardModel, tokens: Tokenized) -> int:
     return steps
 
 
-def _scorer(model: RewardModel, section: Reward, pad_id: int) -> Callable[[Sequence[Row]], Tensor]:
-    batch_size = 2 * (section.micro_batch_size or section.batch_size)
-
+def _scorer(model: RewardModel, batch_size: int, pad_id: int) -> Callable[[Sequence[Row]], Tensor]:
     def score(rows: Sequence[Row]) -> Tensor:
         return score_rows(
             model, rows, batch_size=batch_size, pad_id=pad_id, device=compute_device()
@@ -309,6 +320,6 @@ def _metrics(
     return ranking_metrics(
         score(rows),
         torch.arange(len(rankings)).repeat_interleave(counts),
-        torch.tensor([target for ranking in rankings for target in ranking.targets]),
+        torch.tensor([t for ranking in rankings for t in ranking.targets], dtype=torch.float64),
         torch.tensor([len(response) for _, response in rows]),
     )

@@ -1,6 +1,6 @@
 """Rollouts: responses of the policy with everything that PPO needs to know about them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -72,10 +72,19 @@ def as_chat(prompt: Prompt) -> Chat:
     return [{"role": m.role, "content": m.content} for m in prompt.messages]
 
 
-def cut(lengths: tuple[int, ...], section: Ppo) -> list[list[int]]:
-    """Return the rows of each forward pass over the rows of one minibatch or less."""
+def now(device: torch.device) -> float:
+    """Return the time in seconds when the device has done all that it was given so far."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter()
+
+
+def passes(lengths: Sequence[int], section: Ppo) -> list[list[int]]:
+    """Return the rows of each forward pass over these rows."""
     return micro_batches(
-        lengths, rows=section.micro_batch_size, tokens=section.max_tokens_per_microbatch
+        lengths,
+        rows=section.micro_batch_size or section.minibatch_size,
+        tokens=section.max_tokens_per_microbatch,
     )
 
 
@@ -86,11 +95,11 @@ def collect(
     """Sample one response per prompt and compute scores, log-probabilities and values.
 
     The log-probabilities come from the forward pass that training uses, in the micro-batches of
-    the first epoch: before the first update the ratio is exactly 1. What was computed while
-    sampling is never used.
+    the first epoch: before the first update the ratio is 1, exactly so where a pass with and one
+    without gradient run the same kernels. What was computed while sampling is never used.
     """
     roles = loaded.roles
-    started = perf_counter()
+    started = now(roles.device)
     prompt_ids = [loaded.renderer.prompt(prompt.messages) for prompt in prompts]
     generated = roles.generate(
         "policy",
@@ -102,20 +111,20 @@ def collect(
         seed=seed,
         batch_size=section.rollout.batch_size,
     )
-    sampled = perf_counter()
+    sampled = now(roles.device)
     sequences = roles.with_trunk(join(prompt_ids, generated.responses).to(roles.device))
     chats = [as_chat(prompt) for prompt in prompts]
     responses = [loaded.renderer.decode(ids) for ids in generated.responses]
     parts = []
     for minibatch in micro_batches(sequences.lengths, rows=section.minibatch_size):
-        for group in cut(tuple(sequences.lengths[row] for row in minibatch), section):
+        for group in passes([sequences.lengths[row] for row in minibatch], section):
             rows = [minibatch[i] for i in group]
-            scored = ([chats[row] for row in rows], [responses[row] for row in rows])
-            parts.append(_look(roles, sequences.rows(rows), scored, score, section))
+            parts.append(_look(roles, sequences.rows(rows), section))
     columns = [
         _stack(column, sequences.response_mask.shape[1]) for column in zip(*parts, strict=True)
     ]
-    logprobs, entropy, reference, values, scores, last_values = columns
+    logprobs, entropy, reference, values, last_values = columns
+    scores = score(chats, responses, sequences)
     return Rollout(
         sequences=sequences,
         prompts=chats,
@@ -128,18 +137,12 @@ def collect(
         entropy=entropy,
         last_values=last_values if section.bootstrap_truncated else None,
         repetitive_rate=repetitive_rate(generated.responses),
-        seconds={"time/rollout": sampled - started, "time/score": perf_counter() - sampled},
+        seconds={"time/rollout": sampled - started, "time/score": now(roles.device) - sampled},
     )
 
 
-def _look(
-    roles: Roles,
-    part: Sequences,
-    texts: tuple[list[Chat], list[str]],
-    score: Scorer,
-    section: Ppo,
-) -> tuple[Tensor, ...]:
-    """Return what each role has to say about some rows, ``[b, r]`` or ``[b]`` each."""
+def _look(roles: Roles, part: Sequences, section: Ppo) -> tuple[Tensor, ...]:
+    """Return what policy, reference and critic say about some rows, ``[b, r]`` or ``[b]`` each."""
     policy = roles.policy(part, section.temperature, with_entropy=True)
     reference = roles.logprobs("reference", part, section.temperature)
     values = policy.values if policy.values is not None else roles.values(part)
@@ -147,8 +150,7 @@ def _look(
     if section.bootstrap_truncated:
         last_values = roles.last_values(part)
     assert policy.entropy is not None
-    scores = score(*texts, part)
-    return policy.logprobs, policy.entropy, reference, values, scores, last_values
+    return policy.logprobs, policy.entropy, reference, values, last_values
 
 
 def _stack(parts: tuple[Tensor, ...], width: int) -> Tensor:

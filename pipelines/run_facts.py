@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import InputError
-from align.manifest import FILE, Manifest, read_manifest
+from align.manifest import FILE, MARKS, Manifest, read_manifest
 from align.recipe import StageName
 from align.stages import STAGES
 
@@ -48,6 +48,8 @@ Run = dict[StageName, StageFacts]
 def read_run(directory: Path) -> Run:
     """Read all stages of a run, in their order, parents in other runs included.
 
+    A reward model of another run that PPO was given beside its parents is none of the run's.
+
     Raises:
         InputError: there is no such directory, or no stage in it.
         ParentError: a manifest cannot be read.
@@ -68,14 +70,15 @@ def read_run(directory: Path) -> Run:
         manifest = run[stage].manifest
         for parent in manifest.parents if manifest else ():
             folder = folders[stage] / parent.path
-            if parent.stage not in folders and (folder / FILE).is_file():
+            wanted = parent.in_chain and parent.stage not in folders
+            if wanted and (folder / FILE).is_file():
                 folders[parent.stage] = folder
                 waiting.append(parent.stage)
     return {stage: run[stage] for stage in STAGES if stage in run}
 
 
 def _begun(folder: Path) -> bool:
-    return (folder / FILE).is_file() or (folder / "metrics.jsonl").is_file()
+    return any((folder / mark).is_file() for mark in MARKS)
 
 
 def _read_stage(stage: StageName, folder: Path) -> StageFacts:
@@ -99,8 +102,10 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
+    # A kill may cut a character in two, too.
+    text = path.read_text(encoding="utf-8", errors="replace")
     # Not splitlines(): it also splits at separators that a response may hold.
-    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    lines = text.rstrip("\n").split("\n")
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)

@@ -13,12 +13,12 @@ from align.functions import Chat, call_score_function, load_function
 from align.manifest import Manifest
 from align.recipe_ppo import Ppo, RewardSource
 from align.sequences import Sequences
-from align.stages import heldout_source, read_reward_models, reward_sources
+from align.stages import heldout_source, reward_sources
 from data.records import Prompt
 from data.render import render_all
 from pipelines.foreign_reward import load_foreign_rewards
 from pipelines.load_roles import LoadedRoles
-from pipelines.rollout import Scorer
+from pipelines.rollout import Scorer, passes
 from pipelines.stage import StageJob
 from reward.combine import ensemble_score, source_metrics, weighted_sum
 
@@ -40,6 +40,7 @@ class RewardScorer:
     """A scorer that adds up several sources and can say what each of them gave."""
 
     sources: dict[str, Source]  # by the name that its metrics carry
+    heldout: Scorer | None = None  # ppo.heldout_reward: no part of the sum
     _seen: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
     @torch.no_grad()
@@ -76,7 +77,9 @@ def reward_roles(job: StageJob, section: Ppo) -> dict[str, Path]:
 
 
 def ppo_scorer(job: StageJob, section: Ppo, loaded: LoadedRoles) -> RewardScorer:
-    """Return the scorer that ``ppo.reward`` describes.
+    """Return the scorer that ``ppo.reward`` describes; in PPO with ``ppo.heldout_reward``.
+
+    Both at once: models of other runs that have one base share it.
 
     Args:
         loaded: with a role for each of ``reward_roles``.
@@ -87,28 +90,22 @@ def ppo_scorer(job: StageJob, section: Ppo, loaded: LoadedRoles) -> RewardScorer
             prompts; see ``load_foreign_rewards``.
     """
     sources = section.reward_sources
-    names = _names(sources, read_reward_models(job.recipe, job.stage))
-    members = _members(job, section, loaded, sources)
+    names = _names(sources, job.reward_models)
+    heldout = heldout_source(section) if job.stage == "ppo" else None
+    every = (*sources, heldout) if heldout is not None else sources
+    members = _members(job, section, loaded, every)
     return RewardScorer(
         {
             name: Source(scorers, source.weight, source.std_penalty)
-            for name, scorers, source in zip(names, members, sources, strict=True)
-        }
+            for name, scorers, source in zip(names, members, sources, strict=False)
+        },
+        heldout=members[-1][0] if heldout is not None else None,
     )
-
-
-def heldout_scorer(job: StageJob, section: Ppo, loaded: LoadedRoles) -> Scorer | None:
-    """Return the scorer that ``ppo.heldout_reward`` names; raises what ``ppo_scorer`` raises."""
-    source = heldout_source(section)
-    if source is None:
-        return None
-    ((scorer,),) = _members(job, section, loaded, [source])
-    return scorer
 
 
 def _roles(job: StageJob, section: Ppo) -> dict[str, str]:
     """Return the roles of the reward models that share the base, by their name in the recipe."""
-    manifests = read_reward_models(job.recipe, job.stage)
+    manifests = job.reward_models
     ours = _origin(job.parents["sft"])
     shared = [name for name, manifest in manifests.items() if _origin(manifest) == ours]
     roles = {name: f"reward{number}" for number, name in enumerate(shared, 1)}
@@ -129,7 +126,7 @@ def _members(
     """Return the scorers of each source: one, or those of an ensemble's models."""
     roles = _roles(job, section)
     names = dict.fromkeys(name for source in sources for name in source.models)
-    models = {n: _role_scorer(loaded, roles[n]) for n in names if n in roles}
+    models = {n: _role_scorer(loaded, roles[n], section) for n in names if n in roles}
     models |= _foreign_scorers(job, section, loaded, [n for n in names if n not in roles])
     return [
         (_function_scorer(source.function, loaded.roles.device),)
@@ -139,15 +136,19 @@ def _members(
     ]
 
 
-def _role_scorer(loaded: LoadedRoles, role: str) -> Scorer:
-    return lambda prompts, responses, sequences: loaded.roles.scores(sequences, role=role)
+def _role_scorer(loaded: LoadedRoles, role: str, section: Ppo) -> Scorer:
+    def score(prompts: list[Chat], responses: list[str], sequences: Sequences) -> Tensor:
+        parts = [sequences.rows(rows) for rows in passes(sequences.lengths, section)]
+        return torch.cat([loaded.roles.scores(part, role=role) for part in parts])
+
+    return score
 
 
 def _foreign_scorers(
     job: StageJob, section: Ppo, loaded: LoadedRoles, names: Sequence[str]
 ) -> dict[str, Scorer]:
     """Return scorers of the models that do not share our base; those that share one share it."""
-    manifests = read_reward_models(job.recipe, job.stage)
+    manifests = job.reward_models
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in names:
         groups[_origin(manifests[name])].append(name)

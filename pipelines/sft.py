@@ -37,7 +37,7 @@ from data.render import IGNORED, Renderer, Tokens, render_all
 from data.tokenizer import prepare_tokenizer
 from pipelines.heldout import heldout_loss, perplexity
 from pipelines.stage import StageJob, StageResult
-from pipelines.trainer_log import connect, num_steps, trainer_settings
+from pipelines.trainer_log import connect, num_steps, training_arguments
 
 _SAMPLES_SHOWN = 16  # answers that go to samples.jsonl
 _PROBE_ROWS = 4  # rows on which the saved adapter is compared with the one in memory
@@ -55,7 +55,7 @@ def run(job: StageJob) -> StageResult:
     limits = (recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
     renderer = Renderer(tokenizer, *limits)
     train, heldout, dropped = _rows(job, renderer)
-    job.check_dropped("sft", dropped)
+    job.check_dropped("sft", len(train) + len(heldout), dropped)
 
     keys = "data.max_prompt_tokens + data.max_response_tokens"
     check_lengths(base_config(recipe, location), tokenizer, sum(limits), keys)
@@ -64,6 +64,10 @@ def run(job: StageJob) -> StageResult:
     callback = connect(trainer, job.log)
     trainer.train()
     model.eval()
+    # First of all: what follows may run out of memory.
+    folder = job.directory / "model"
+    save_adapter(model, folder, base=location, revision=base.revision)
+    tokenizer.save_pretrained(folder)
 
     metrics = callback.last
     if heldout:
@@ -75,12 +79,8 @@ def run(job: StageJob) -> StageResult:
         key: metrics[key] for key in ("perplexity", "eos_rate") if key in metrics
     }
     job.log.log(trainer.state.global_step, final)
-
-    folder = job.directory / "model"
-    save_adapter(model, folder, base=location)
-    tokenizer.save_pretrained(folder)
     check_reload(recipe, location, folder, model, (heldout or train)[:_PROBE_ROWS])
-    return StageResult(metrics, ("model",), tokenizer, base, {"sft": dropped})
+    return StageResult(metrics, ("model",), tokenizer, base)
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -151,8 +151,12 @@ def make_trainer(
     steps = num_steps(len(data), section, section.epochs)
     trainer = SFTTrainer(
         model=cast(PreTrainedModel, model),
-        args=SFTConfig(
-            **trainer_settings(section, job.directory, steps=steps, seed=seed),
+        args=training_arguments(
+            SFTConfig,
+            section,
+            job.directory,
+            steps=steps,
+            seed=seed,
             max_length=None,  # rows come within their limits; TRL would cut and drop
             packing=False,  # done above, where the rows can be counted
             padding_free=section.packing,
@@ -229,7 +233,7 @@ def _sample(job: StageJob, model: PeftModel, renderer: Renderer, step: int) -> d
         end_ids=renderer.end_ids,
         pad_id=pad_id(renderer.tokenizer),
         seed=derive_seed(job.recipe.seed, "sft", "samples"),
-        batch_size=section.batch_size,
+        batch_size=section.micro_batch_size or section.batch_size,
         engine="hf",  # the trainer's model keeps the attention that the trainer gave it
     )
     job.sample(

@@ -33,6 +33,22 @@ class Estimates:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of each response of a rollout, ``[B]`` each: enough to say what it is worth."""
+
+    scores: Tensor
+    ended: Tensor
+    kl: Tensor
+    last_values: Tensor | None
+
+
+def outcome(rollout: Rollout) -> Outcome:
+    """Keep of a rollout what does not depend on scaling and coefficients."""
+    kl = torch.where(rollout.mask, rollout.kl, 0.0).sum(1)
+    return Outcome(rollout.scores, rollout.ended, kl, rollout.last_values)
+
+
 class ScoreScaler:
     """Brings scores to mean 0 and spread 1, and cuts outliers off, as ``ppo.reward_scaling`` says.
 
@@ -60,8 +76,12 @@ class ScoreScaler:
                 f" {mean:.6g}, so there is no spread to scale by; use mode=running or none, or look"
                 " at what the reward gives the SFT model's responses"
             )
-        if mode != "none":
-            scores = standardise(scores, mean, std)
+        return self.scaled(scores)
+
+    def scaled(self, scores: Tensor) -> Tensor:
+        """Return scores by the statistics as they stand, without taking note of these."""
+        if self._section.mode != "none":
+            scores = standardise(scores, self._moments.mean, self._moments.std)
         clip = self._section.clip
         return scores.clamp(-clip, clip) if clip is not None else scores
 
@@ -79,14 +99,6 @@ class ScoreScaler:
             metrics["score/scaled_mean"] = float(scaled.mean())
             metrics["score/scaled_std"] = float(scaled.std(correction=0))
         return metrics
-
-    def state(self) -> dict[str, float]:
-        """Return what ``restore`` needs to go on from here."""
-        return self._moments._asdict()
-
-    def restore(self, state: dict[str, float]) -> None:
-        """Go on from a ``state``."""
-        self._moments = Moments(**state)
 
 
 def split_kl_coef(section: Kl, coef: float) -> tuple[float, float]:
@@ -106,16 +118,7 @@ def estimate(rollout: Rollout, section: Ppo, kl_coef: float, scaler: ScoreScaler
     """
     scores = scaler.scale(rollout.scores)
     metrics = scaler.metrics(rollout.scores, scores)
-    if section.missing_eos is not None:
-        penalty = section.missing_eos
-        scores = penalise_missing_eos(scores, rollout.ended, mode=penalty.mode, value=penalty.value)
-    last_values = None
-    if section.bootstrap_truncated:
-        assert rollout.last_values is not None
-        # The value of what would have followed, the score among it, in place of the score of half
-        # a response: with both, a response would be paid twice for not coming to an end.
-        scores = torch.where(rollout.ended, scores, 0.0)
-        last_values = torch.where(rollout.ended, 0.0, rollout.last_values)
+    scores, last_values = _at_the_end(scores, rollout.ended, rollout.last_values, section)
     kl = kl_estimate(section.kl.estimator, rollout.logprobs, rollout.ref_logprobs)
     reward_coef, loss_coef = split_kl_coef(section.kl, kl_coef)
     advantages, returns = gae(
@@ -127,3 +130,31 @@ def estimate(rollout: Rollout, section: Ppo, kl_coef: float, scaler: ScoreScaler
         last_values=last_values,
     )
     return Estimates(masked_whiten(advantages, rollout.mask), returns, loss_coef, metrics)
+
+
+def worth(seen: Outcome, section: Ppo, kl_coef: float, scaler: ScoreScaler) -> float:
+    """Return what PPO maximises, as a mean over responses: scores as in ``estimate``, less the KL.
+
+    By statistics and coefficient as they stand, which both may move: compare values of one moment.
+    """
+    scores, last_values = _at_the_end(
+        scaler.scaled(seen.scores), seen.ended, seen.last_values, section
+    )
+    if last_values is not None:
+        scores = scores + section.gamma * last_values
+    return float((scores - kl_coef * seen.kl).mean())
+
+
+def _at_the_end(
+    scores: Tensor, ended: Tensor, last_values: Tensor | None, section: Ppo
+) -> tuple[Tensor, Tensor | None]:
+    """Return what a response is paid at its last token, and the value of the state after it."""
+    if section.missing_eos is not None:
+        penalty = section.missing_eos
+        scores = penalise_missing_eos(scores, ended, mode=penalty.mode, value=penalty.value)
+    if not section.bootstrap_truncated:
+        return scores, None
+    assert last_values is not None
+    # The value of what would have followed, the score among it, in place of the score of half a
+    # response: with both, a response would be paid twice for not coming to an end.
+    return torch.where(ended, scores, 0.0), torch.where(ended, 0.0, last_values)

@@ -11,8 +11,6 @@ import argparse
 import importlib
 import json
 import os
-import shutil
-import signal
 import sys
 import traceback
 from collections import Counter
@@ -28,7 +26,7 @@ from rich.console import Console
 import align
 from align import manifest as manifests
 from align import stages
-from align.errors import AlignError, DataError, InputError, ParentError
+from align.errors import AlignError, DataError, InputError, ParentError, stopped_by
 from align.manifest import BaseFacts, DataFacts, Manifest, ParentFacts
 from align.metrics import MetricsLog, format_values
 from align.recipe import Recipe, StageName
@@ -73,19 +71,21 @@ class StageResult:
         outputs: names of the folders and files it made, relative to its folder.
         tokenizer: the one it worked with, chat template included.
         base: the language model under it.
-        dropped: rows that turned out unusable when they were tokenised: section -> reason -> n.
     """
 
     metrics: dict[str, float]
     outputs: tuple[str, ...]
     tokenizer: "PreTrainedTokenizerBase"
     base: BaseFacts
-    dropped: dict[str, Counter[str]] = field(default_factory=dict)
 
 
 @dataclass
 class StageJob:
-    """What a stage works with: the recipe, its checked parents and data, and where it writes."""
+    """What a stage works with: the recipe, its checked parents and data, and where it writes.
+
+    ``parents`` are the recipe's own stages, ``reward_models`` those of other runs, by the folder
+    as the recipe spells it: both as they were when the stage began.
+    """
 
     recipe: Recipe
     stage: StageName
@@ -93,8 +93,10 @@ class StageJob:
     parents: dict[StageName, Manifest]
     data: dict[str, LoadedData]
     console: Console
-    force: bool = False
+    reward_models: dict[str, Manifest] = field(default_factory=dict)
     tracker: WandbTracker | None = None
+    # Per data section: how many rows could be tokenised, and why others were dropped.
+    tokenised: dict[str, tuple[int, Counter[str]]] = field(default_factory=dict)
     _log: MetricsLog | None = None
 
     @property
@@ -108,13 +110,10 @@ class StageJob:
         return self._log
 
     def _begin(self) -> MetricsLog:
-        # The manifest goes first: a half-removed result must not look like a finished one.
-        (self.directory / manifests.FILE).unlink(missing_ok=True)
-        if self.directory.exists():
-            shutil.rmtree(self.directory)
-        self.directory.mkdir(parents=True)
+        manifests.begin_folder(self.directory)
         run = stages.run_directory(self.recipe)
-        (run / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
+        for folder in (self.directory, run):
+            (folder / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
         self.tracker = start_tracker(self.recipe, self.stage, run)
         return MetricsLog(self.directory, self.tracker, self.console, self.stage)
 
@@ -150,15 +149,31 @@ class StageJob:
                         f" {name} stage or give the recipe the same {what}"
                     )
 
-    def check_dropped(self, section: str, dropped: Counter[str]) -> None:
-        """Refuse to go on when more rows than ``data.max_dropped`` were lost by tokenising.
+    def check_dropped(self, section: str, kept: int, dropped: Counter[str]) -> None:
+        """Take note of rows that were tokenised, and refuse to go on when too many were lost.
+
+        What is noted of one section adds up: the limit holds for all of it together.
+
+        Args:
+            section: of ``data``; its rows that the stage has no use for do not count.
+            kept: how many rows could be tokenised.
+            dropped: why others could not be, counted.
 
         Raises:
-            DataError: with the counts by reason.
+            DataError: none of these rows is left, or more than ``data.max_dropped`` of the
+                section's were dropped; with the counts by reason.
         """
-        rows = _rows(self.data[section])
+        if dropped and not kept:
+            raise DataError(
+                f"data.{section}: all {dropped.total()} rows are unusable as tokens"
+                f" ({_reasons(dropped)}); fix them, or raise the limit that they exceed"
+            )
+        kept_before, dropped_before = self.tokenised.get(section, (0, Counter()))
+        kept, dropped = kept + kept_before, dropped + dropped_before
+        self.tokenised[section] = kept, dropped
+        rows = kept + dropped.total()
         limit = self.recipe.data.max_dropped
-        if dropped.total() > limit * rows or dropped.total() == rows:
+        if dropped.total() > limit * rows:
             raise DataError(
                 f"data.{section}: {dropped.total()} of {rows} rows are unusable as tokens"
                 f" ({_reasons(dropped)}); data.max_dropped={limit} allows"
@@ -192,8 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _run(job)
             code = 0
         except Stopped as stopped:
-            name = signal.Signals(stopped.signum).name
-            _say(console, f"{options.stage}: stopped by {name}; the same command starts it again")
+            _say(console, f"{options.stage}: {stopped_by(stopped.signum)}")
             code = 128 + stopped.signum
         except Exception as error:
             if options.debug:
@@ -222,18 +236,20 @@ def _prepare(options: argparse.Namespace, console: Console) -> StageJob | None:
     if not options.force and stages.why_not_done(recipe, stage) is None:
         _say(console, f"{stage}: finished and up to date in {directory}; --force redoes it")
         return None
+    manifests.check_replaceable(directory)
     parents = stages.read_parents(recipe, stage)
+    reward_models = stages.read_reward_models(recipe, stage)
     data = load_records(recipe, stage)
     for name, loaded in data.items():
         _say(console, _summary(stage, name, loaded))
-    return StageJob(recipe, stage, directory, parents, data, console, options.force)
+    return StageJob(recipe, stage, directory, parents, data, console, reward_models)
 
 
 def _run(job: StageJob) -> None:
     """Run the stage's module and record what it made."""
     started = _now()
     # Before the parents can change under a long run.
-    inputs_sha256 = stages.inputs_sha256(job.recipe, job.stage, job.parents)
+    inputs_sha256 = stages.inputs_sha256(job.recipe, job.stage, job.parents, job.reward_models)
     share_processors()
     quiet_libraries()
     seed_generators(job.recipe)
@@ -246,7 +262,7 @@ def _run(job: StageJob) -> None:
 def _write_manifest(job: StageJob, result: StageResult, inputs_sha256: str, started: str) -> None:
     from data.tokenizer import end_ids, template_sha256, tokenizer_sha256
 
-    for name, dropped in result.dropped.items():
+    for name, (_, dropped) in job.tokenised.items():
         if dropped:
             _say(job.console, f"{job.stage}  {name}  dropped as tokens: {_reasons(dropped)}")
     pad_id = result.tokenizer.pad_token_id
@@ -264,15 +280,8 @@ def _write_manifest(job: StageJob, result: StageResult, inputs_sha256: str, star
         template_sha256=template_sha256(result.tokenizer),
         pad_id=pad_id,
         eos_ids=tuple(end_ids(result.tokenizer)),
-        parents=tuple(
-            ParentFacts(
-                stage=name,
-                path=os.path.relpath(job.parent_folder(name), job.directory),
-                sha256=parent.outputs_sha256(),
-            )
-            for name, parent in job.parents.items()
-        ),
-        data=_data_facts(job, result),
+        parents=_parent_facts(job),
+        data=_data_facts(job),
         metrics=result.metrics,
         outputs=manifests.sha256_outputs(job.directory, result.outputs),
         wandb_id=job.tracker.id if job.tracker is not None else None,
@@ -290,18 +299,33 @@ def library_versions(recipe: Recipe) -> dict[str, str]:
     return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
 
 
-def _data_facts(job: StageJob, result: StageResult) -> tuple[DataFacts, ...]:
+def _parent_facts(job: StageJob) -> tuple[ParentFacts, ...]:
+    """Return the recipe's own stages that this one was made from, and the other reward models."""
+    made_from = [(name, job.parent_folder(name), made, True) for name, made in job.parents.items()]
+    for folder, made in job.reward_models.items():
+        made_from.append(("reward", Path(folder), made, False))
+    return tuple(
+        ParentFacts(
+            stage=name,
+            path=os.path.relpath(folder, job.directory),
+            sha256=made.outputs_sha256(),
+            in_chain=in_chain,
+        )
+        for name, folder, made, in_chain in made_from
+    )
+
+
+def _data_facts(job: StageJob) -> tuple[DataFacts, ...]:
     """Return the facts of all sources, and of each section whose rows tokenising has reduced."""
     facts = [fact for loaded in job.data.values() for fact in loaded.facts]
-    for name, dropped in result.dropped.items():
+    for name, (kept, dropped) in job.tokenised.items():
         if dropped:
-            rows = _rows(job.data[name])
             facts.append(
                 DataFacts(
                     id=f"{name} as tokens",
-                    rows=rows,
+                    rows=kept + dropped.total(),
                     sha256="",
-                    kept=rows - dropped.total(),
+                    kept=kept,
                     dropped=dict(dropped),
                 )
             )
@@ -336,10 +360,6 @@ def _summary(stage: str, name: str, loaded: LoadedData) -> str:
     if dropped:
         text += f" ({_reasons(dropped)})"
     return f"{text}  train {len(loaded.train)}  heldout {len(loaded.heldout)}"
-
-
-def _rows(loaded: LoadedData) -> int:
-    return len(loaded.train) + len(loaded.heldout)
 
 
 def _reasons(dropped: Counter[str]) -> str:

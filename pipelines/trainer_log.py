@@ -7,7 +7,7 @@ The trainer's own console output, progress bar and reporters are off; its number
 import math
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -32,6 +32,8 @@ _OPTIMIZERS: dict[OptimizerName, str] = {
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
 _OTHER_KEYS = ("accuracy", "perplexity")  # passed on as they are
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 class TrainerLog(TrainerCallback):
@@ -118,18 +120,27 @@ def num_steps(rows: int, section: Optimisation, epochs: float) -> int:
     return max(1, math.ceil(epochs * math.ceil(rows / section.batch_size)))
 
 
-def trainer_settings(
-    section: Optimisation, directory: Path, *, steps: int, seed: int
-) -> dict[str, Any]:
-    """Return the arguments of ``TrainingArguments`` or a subclass, every one that matters explicit.
+def training_arguments(
+    kind: type[Arguments],
+    section: Optimisation,
+    directory: Path,
+    *,
+    steps: int,
+    seed: int,
+    **more: Any,
+) -> Arguments:
+    """Return a trainer's arguments, every one that matters explicit.
 
-    Precision is that of the loaded model: no autocast. One process. Gradient checkpointing is a
-    matter of the model (``align.models.recompute_activations``), not of the trainer.
+    Precision is that of the loaded model: no autocast. One process on one device. Gradient
+    checkpointing is a matter of the model (``align.models.recompute_activations``), not of the
+    trainer.
 
     Args:
+        kind: ``TrainingArguments`` or a subclass.
         directory: where the trainer may write; nothing is written with these settings.
         steps: optimiser steps in all.
         seed: of the order of rows and of dropout.
+        more: further arguments; they go before these.
 
     Raises:
         InputError: the optimiser needs bitsandbytes, which is missing.
@@ -137,7 +148,7 @@ def trainer_settings(
     if section.optimizer != "adamw":
         bitsandbytes(f"optimizer={section.optimizer}")
     micro = section.micro_batch_size or section.batch_size
-    return {
+    settings: dict[str, Any] = {
         "output_dir": str(directory),
         "max_steps": steps,
         "per_device_train_batch_size": micro,
@@ -170,3 +181,8 @@ def trainer_settings(
         "report_to": "none",
         "disable_tqdm": True,
     }
+    arguments = kind(**(settings | more))
+    # Before there is a trainer: where it sees several GPUs it multiplies the batch by their number
+    # and splits it over them (nn.DataParallel), and says nothing.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

@@ -19,7 +19,7 @@ from align.recipe_ppo import Ppo
 from align.roles import PolicyOutput, Roles
 from align.sequences import Sequences, micro_batches
 from pipelines.ptx import Ptx
-from pipelines.rollout import Rollout, cut
+from pipelines.rollout import Rollout, passes
 from pipelines.shaping import Estimates
 
 
@@ -108,7 +108,7 @@ class Updater:
     ) -> list[Part]:
         lengths = tuple(rollout.sequences.lengths[row] for row in rows)
         parts = []
-        for group in cut(lengths, self._section):
+        for group in passes(lengths, self._section):
             chosen = [rows[i] for i in group]
             sequences = rollout.sequences.rows(chosen)
             width = sequences.response_mask.shape[1]
@@ -194,13 +194,15 @@ class Updater:
         """Add the gradient of language modelling, and return its loss."""
         assert self._ptx is not None
         assert self._section.ptx is not None
-        loss, _ = self._ptx.loss(self._roles, self._ptx_steps)
+        total = 0.0
+        for loss in self._ptx.losses(self._roles, self._ptx_steps):
+            self._engine.backward(self._section.ptx.coef * loss)
+            total += float(loss.detach())
         self._ptx_steps += 1
-        self._engine.backward(self._section.ptx.coef * loss)
-        return float(loss.detach())
+        return total
 
     def _check_ratio(self, error: float) -> None:
-        if error > self._tolerance:
+        if not error <= self._tolerance:  # NaN is refused, too
             raise TrainingError(
                 "before the first update of the rollout, |ratio - 1| is up to"
                 f" {error:.2e} (allowed {self._tolerance:.0e}), but sampling and updated policy are"

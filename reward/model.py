@@ -191,13 +191,14 @@ class RewardModel(nn.Module):
         scores: Tensor = self.head(last_hidden(hidden, attention_mask))
         return scores
 
-    def save(self, folder: Path, base: str) -> None:
+    def save(self, folder: Path, base: str, revision: str | None) -> None:
         """Write the adapter with its head, and ``score.json``, into a fresh folder.
 
         Args:
             base: where the base was loaded from; see ``align.adapters.save_adapter``.
+            revision: of the base, likewise.
         """
-        save_adapter(self.classifier, folder, base=base)
+        save_adapter(self.classifier, folder, base=base, revision=revision)
         write_calibration(folder, self.head.shift.item(), self.head.scale.item())
 
 

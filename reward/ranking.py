@@ -163,6 +163,32 @@ def _effective_count(deviations: Tensor, owners: Tensor, variance: float) -> flo
     return min(float(count), max(1.0, variance / spread))
 
 
+def calibration_error(scores: Tensor, groups: Tensor, targets: Tensor, *, bins: int = 10) -> float:
+    """Return how far the probabilities that the scores stand for are off: the expected
+    calibration error (Guo et al. 2017, eq. 3).
+
+    By Bradley-Terry the response with the higher score is the better one with probability
+    p = sigmoid(difference), from 0.5 to 1. That range is cut into equal bins:
+
+        ECE = sum_b  n_b / M  |share of right pairs in b - mean p in b|
+
+    Args:
+        scores, groups, targets: ``[N]``, see ``strict_pairs``.
+
+    Returns:
+        0 (as often right as said) to 1; NaN without a pair.
+    """
+    better, worse = strict_pairs(groups, targets)
+    if not len(better):
+        return math.nan
+    right, _ = pair_outcomes(scores, groups, targets)
+    said = torch.sigmoid((scores[better].double() - scores[worse].double()).abs())
+    bin_of = ((said - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.float64, device=scores.device)
+    gaps.index_add_(0, bin_of, right.double() - said)
+    return (gaps.abs().sum() / len(better)).item()
+
+
 def ranking_metrics(
     scores: Tensor, groups: Tensor, targets: Tensor, lengths: Tensor
 ) -> dict[str, float]:

@@ -21,8 +21,9 @@ def score_rows(
 ) -> Tensor:
     """Score prompts with their responses, without gradients.
 
-    A response's score does not depend on the other rows, nor on the order (up to float32
-    rounding): padding is masked by length, never recognised by its id.
+    A response's score does not depend on the other rows, nor on the order, up to the rounding of
+    what the model computes in (in bfloat16: 1 % and more, as batches have other shapes): padding is
+    masked by length, never recognised by its id.
 
     Args:
         score: for example a ``RewardModel``.

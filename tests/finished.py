@@ -110,7 +110,7 @@ def reward_stage(
     randomise(reward.classifier, seed)
     reward.head.shift.fill_(0.1 * seed)
     reward.head.scale.fill_(1.0 + 0.5 * seed)
-    reward.save(directory / "model", str(base))
+    reward.save(directory / "model", str(base), None)
     tokenizer.save_pretrained(directory / "model")
     finish(directory, "reward", **origin(base, tokenizer))
     return directory

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from align.recipe import Recipe, TokenizerSection
 from align.roles import Roles
 from align.sequences import join
-from align.stages import read_parents
+from align.stages import read_parents, read_reward_models
 from data.load import LoadedData
 from data.records import Message, Prompt
 from data.render import Renderer
@@ -111,7 +111,8 @@ def start(
     assert whole.ppo is not None
     prompts = {"prompts": LoadedData(tuple(PROMPTS), (), ())}
     parents = read_parents(whole, "ppo")
-    job = StageJob(whole, "ppo", world.root / "runs/x/ppo", parents, prompts, Console())
+    others = read_reward_models(whole, "ppo")
+    job = StageJob(whole, "ppo", world.root / "runs/x/ppo", parents, prompts, Console(), others)
     folders = reward_roles(job, whole.ppo)
     tokenizer = AutoTokenizer.from_pretrained("runs/x/pretrain/model")
     roles = Roles(world.own(), folders, heads={r: load_score_head(f) for r, f in folders.items()})

@@ -146,7 +146,6 @@ def _training(
             "accuracy/low": 0.655,
             "accuracy/high": 0.712,
             "accuracy/longer_wins": 0.541,
-            "calibration/ece": 0.031,
         }
     metrics = {"loss": floor, "perplexity": math.exp(floor)}
     if stage == "sft":
@@ -221,6 +220,7 @@ def _evaluation(
             "reward/accuracy/low": 0.654,
             "reward/accuracy/high": 0.707,
             "reward/accuracy/longer_wins": 0.54,
+            "reward/calibration/ece": 0.031,
         }
         if gold:
             metrics |= {"reward/accuracy/gold": 0.794, "reward/labels/gold": 0.752}

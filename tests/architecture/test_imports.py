@@ -30,17 +30,20 @@ LAUNCHER_MAY_USE = {
     "align.recipe",
     "align.recipe_io",
     "align.stages",
+    "align.tracking",
 }
 
 WITHOUT_TORCH = [
     "align",
     "align.errors",
+    "align.fingerprints",
     "align.manifest",
     "align.plan",
     "align.plan_changes",
     "align.recipe",
     "align.recipe_io",
     "align.stages",
+    "align.tracking",
     "data.judge",
     "data.load",
     "data.records",

@@ -1,10 +1,15 @@
-"""The README's file tree: every module once, with the first sentence of its own docstring."""
+"""The README's file tree: every module once, with the first sentence of its own docstring, and
+every other folder."""
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("align", "data", "reward", "pipelines", "launch")
+FOLDERS = {
+    "pipelines/recipes": "the shipped recipes, one folder a family",
+    "pipelines/templates": "the report's page",
+}
 
 
 def first_sentence(path: Path) -> str:
@@ -18,8 +23,12 @@ def tree() -> str:
     for package in PACKAGES:
         lines.append(f"    {package}/")
         for path in sorted((ROOT / package).glob("*.py")):
-            if not path.name.startswith("__"):
+            if path.name != "__init__.py":
                 lines.append(f"      {path.name:<18} {first_sentence(path)}")
+        for folder in sorted((ROOT / package).iterdir()):
+            if folder.is_dir() and folder.name != "__pycache__":
+                name = f"{folder.name}/"
+                lines.append(f"      {name:<18} {FOLDERS[f'{package}/{folder.name}']}")
     return "\n".join(lines)
 
 

@@ -50,7 +50,7 @@ from align.roles import Roles  # noqa: E402
 from align.sequences import Sequences  # noqa: E402
 from data.records import Message, Prompt  # noqa: E402
 from pipelines.load_roles import LoadedRoles  # noqa: E402
-from pipelines.rollout import collect  # noqa: E402
+from pipelines.rollout import collect, passes  # noqa: E402
 from pipelines.shaping import ScoreScaler, estimate  # noqa: E402
 from pipelines.update import Updater  # noqa: E402
 from reward.model import ScoreHead  # noqa: E402
@@ -116,7 +116,7 @@ def build(mode: str, dtype: str, workload: Workload) -> LoadedRoles:
     torch.manual_seed(settings["seed"])
     with tempfile.TemporaryDirectory() as temporary:
         new = PeftModel(base, lora_config(adapter, "CAUSAL_LM", base))
-        save_adapter(new, Path(temporary) / "new", base=str(folder / "policy"))
+        save_adapter(new, Path(temporary) / "new", base=str(folder / "policy"), revision=None)
         roles = Roles(
             new.unload(),
             dict.fromkeys(on_base, Path(temporary) / "new"),
@@ -209,7 +209,8 @@ def train(loaded: LoadedRoles, section: Ppo, workload: Workload) -> list[dict[st
     roles, renderer = loaded.roles, StoredPrompts(workload.prompts, loaded.tokenizer)
 
     def score(prompts: list[Chat], responses: list[str], sequences: Sequences) -> torch.Tensor:
-        return roles.scores(sequences)
+        parts = [sequences.rows(rows) for rows in passes(sequences.lengths, section)]
+        return torch.cat([roles.scores(part) for part in parts])
 
     steps = section.steps * section.epochs * (section.batch_size // section.minibatch_size)
     parameters = [roles.role_parameters("policy"), roles.role_parameters("value")]

@@ -1,4 +1,4 @@
-"""Every shipped recipe, found by looking: it loads, reads back equal, and dry-runs."""
+"""Every shipped recipe, found by looking: it loads, reads back equal, dry-runs, and is planned."""
 
 import json
 import subprocess
@@ -43,13 +43,25 @@ def test_recipe(file: Path, tmp_path: Path) -> None:
     plan = json.loads(align("run", str(file), "--dry-run", "--json", cwd=tmp_path))
     assert tuple(plan["stages"]) == planned_stages(recipe)
     assert planned_stages(recipe)
-    assert file.read_text(encoding="utf-8").startswith("# "), "say first what the recipe is for"
+    first = file.read_text(encoding="utf-8").partition("\n")[0]
+    assert first.startswith("# "), "say first what the recipe is for"
+    assert first.endswith("."), "`align recipes` prints the first line: a sentence, and whole"
+    if recipe.base.id == "pretrain":  # else the hub is asked for its configuration
+        plan = json.loads(align("plan", str(file), "--json", cwd=tmp_path))
+        trained = [stage for stage in planned_stages(recipe) if stage != "evaluate"]
+        assert list(plan["stages"]) == trained
     assert list(tmp_path.iterdir()) == [copy]
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_recipe_is_listed_shown_and_copied_by_name(name: str, tmp_path: Path) -> None:
     assert name in align("recipes", "list", cwd=tmp_path)
+    listed = [
+        json.loads(align("recipes", *words, cwd=tmp_path))
+        for words in (["--json"], ["list", "--json"], ["--json", "list"])
+    ]
+    assert listed[0][name].endswith(".")
+    assert listed[0] == listed[1] == listed[2]
     shown = align("recipes", "show", name, cwd=tmp_path)
     copy = tmp_path / align("recipes", "copy", name, cwd=tmp_path).strip()
     assert copy.read_text(encoding="utf-8") == shown

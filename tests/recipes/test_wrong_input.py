@@ -92,6 +92,7 @@ def test_the_good_recipe_is_good(tmp_path: Path) -> None:
         (["verify", "runs/none"], "error: runs/none: no such run; allowed: a run directory"),
         (["eval", "runs/none"], "error: runs/none: no such run; allowed: a run directory"),
         (["report", "folder"], "error: folder: not a run directory"),
+        (["recipes", "--json", "show", "miniature"], "--json goes with list; show has none"),
         (["recipes", "show", "none"], "error: none: no such file and no shipped recipe"),
         (["recipes", "copy", "miniature", "no/r.yaml"], "error: no/r.yaml: there is no folder no"),
         (["recipes", "copy", "miniature", "r.yaml"], "error: r.yaml: exists already"),

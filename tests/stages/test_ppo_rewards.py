@@ -6,6 +6,7 @@ two on another base with another tokenizer and template.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,18 @@ import pytest
 
 from align.recipe import TokenizerSection
 from data.tokenizer import prepare_tokenizer
+from launch.verify import verify_run
 from tests import tiny
 from tests.adapters import sft_adapter
-from tests.finished import finish, foreign_tokenizer, origin, plain, pretrain_stage, reward_stage
+from tests.finished import (
+    edit_manifest,
+    finish,
+    foreign_tokenizer,
+    origin,
+    plain,
+    pretrain_stage,
+    reward_stage,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = """
@@ -100,6 +110,25 @@ def test_the_score_of_every_step_is_the_weighted_sum_of_its_sources(home: Path) 
         assert metrics[f"{key}/ensemble/std"] > 0.01
         total = metrics["probe/score"] if key == "probe/score" else metrics[f"{key}/mean"]
         assert total == pytest.approx(expected, abs=1e-4)
+
+
+def test_manifests_and_verify_know_the_reward_models_of_other_runs(home: Path) -> None:
+    parents = json.loads((home / "runs/x/ppo/stage.json").read_text())["parents"]
+    found = [(p["stage"], p["path"]) for p in parents]
+    assert found == [
+        ("sft", "../sft"),
+        ("reward", "../reward"),
+        ("reward", "../../other/reward"),
+        ("reward", "../../far/reward"),
+        ("reward", "../../farther/reward"),
+    ]
+    copy = home.with_name(f"{home.name}-copy")
+    shutil.copytree(home, copy)
+    assert verify_run(copy / "runs/x")["ppo"].state == "ok"
+    edit_manifest(copy / "runs/far/reward", outputs={})
+    check = verify_run(copy / "runs/x")["ppo"]
+    assert check.state == "differs"
+    assert [p for p in check.problems if "../../far/reward" in p] == check.problems
 
 
 def test_the_held_out_reward_judges_the_probes_text(home: Path) -> None:

@@ -17,13 +17,14 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.generation import generate
-from align.manifest import read_manifest
+from align.generation import Generated, generate
+from align.manifest import BaseFacts, read_manifest
 from align.models import base_location, load_causal_lm
 from align.recipe import Recipe, TokenizerSection
 from align.recipe_io import load_recipe
 from data.collate import collate_demonstrations
-from data.records import Message, Text
+from data.load import load_records
+from data.records import Message, Prompt, Text
 from data.render import IGNORED, Renderer, Tokens
 from data.tokenizer import prepare_tokenizer
 from pipelines import sft, stage
@@ -123,7 +124,7 @@ def copy(finished, tmp_path) -> Path:
 def make_job(tmp_path: Path, tokenizer=None, **changes) -> stage.StageJob:
     """Return an sft job on ``tests.tiny`` models, for the parts of the stage."""
     recipe = Recipe.model_validate(
-        settings(tmp_path, base={"id": "unused"}, pretrain=None, **changes)
+        settings(tmp_path, base={"id": "unused"}, tokenizer={}, pretrain=None, **changes)
     )
     return stage.StageJob(recipe, "sft", tmp_path / "sft", {}, {}, stage.Console(quiet=True))
 
@@ -172,6 +173,48 @@ def gradients(trainer) -> tuple[float, dict[str, torch.Tensor]]:
     loss = sum(trainer.training_step(trainer.model, batch, count).item() for batch in batches)
     found = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     return loss, found
+
+
+def small_stage(monkeypatch, tmp_path, **section):
+    """An sft job on ``tests.tiny`` models that runs in a second."""
+    path = write(tmp_path, base={"id": "unused"}, pretrain=None, tokenizer={})
+    overrides = [f"sft.{key}={value}" for key, value in ({"epochs": 1} | section).items()]
+    recipe = load_recipe(str(path), overrides)
+    monkeypatch.setattr(sft, "load_causal_lm", lambda *_: tiny.llama())
+    monkeypatch.setattr(sft, "base_config", lambda *_: tiny.llama().config)
+    monkeypatch.setattr(
+        sft, "recipe_base_facts", lambda *_: BaseFacts(id="b", revision="0123abcd", sha256="")
+    )
+    tokenizer = prepare_tokenizer(tiny.tokenizer(), TokenizerSection())
+    monkeypatch.setattr(sft, "load_tokenizer", lambda *_: tokenizer)
+    data, console = load_records(recipe, "sft"), stage.Console(quiet=True)
+    return stage.StageJob(recipe, "sft", tmp_path / "runs/tiny/sft", {}, data, console)
+
+
+def test_a_trained_adapter_is_saved_before_anything_is_measured(monkeypatch, tmp_path):
+    def fail(*_):
+        raise MemoryError("measuring")
+
+    monkeypatch.setattr(sft, "heldout_loss", fail)
+    job = small_stage(monkeypatch, tmp_path)
+    with pytest.raises(MemoryError, match="measuring"):
+        sft.run(job)
+    PeftModel.from_pretrained(tiny.llama(), job.directory / "model")
+    settings = json.loads((job.directory / "model/adapter_config.json").read_text())
+    assert settings["revision"] == "0123abcd"
+    assert (job.directory / "model/tokenizer.json").is_file()
+
+
+def test_answers_are_sampled_in_micro_batches(monkeypatch, tmp_path):
+    seen = []
+
+    def sample(model, prompts, **settings):
+        seen.append(settings["batch_size"])
+        return Generated([[1]] * len(prompts), [True] * len(prompts))
+
+    monkeypatch.setattr(sft, "generate", sample)
+    sft.run(small_stage(monkeypatch, tmp_path, micro_batch_size=2))
+    assert seen == [2]
 
 
 class TestLoss:
@@ -226,6 +269,12 @@ class TestPretrain:
         stream = rows[0] + rows[1]
         assert pack(rows, 4).flatten().tolist() == stream[: len(stream) // 4 * 4]
 
+    def test_prompts_are_documents_without_what_asks_for_an_answer(self):
+        tokenizer = prepare_tokenizer(tiny.tokenizer(), TokenizerSection())
+        (row,), dropped = documents([Prompt((Message("user", "Say hello."),))], tokenizer)
+        assert tokenizer.decode(row) == "\n\nHuman: Say hello.<|end|>"
+        assert not dropped
+
     def test_learns_and_measures_on_heldout(self, finished):
         manifest = read_manifest(finished / "runs/tiny/pretrain", "pretrain")
         first = rows_of(finished / "runs/tiny/pretrain/metrics.jsonl")[0]
@@ -274,7 +323,12 @@ class TestSft:
         assert sft_facts.tokenizer_sha256 == parent.tokenizer_sha256
         assert (sft_facts.pad_id, sft_facts.eos_ids) == (0, (1,))
         assert [p.model_dump() for p in sft_facts.parents] == [
-            {"stage": "pretrain", "path": "../pretrain", "sha256": parent.outputs_sha256()}
+            {
+                "stage": "pretrain",
+                "path": "../pretrain",
+                "sha256": parent.outputs_sha256(),
+                "in_chain": True,
+            }
         ]
         assert set(sft_facts.outputs) == {
             f"model/{name}"
@@ -289,6 +343,7 @@ class TestSft:
         assert sorted(p.name for p in (finished / "runs/tiny/sft").iterdir()) == [
             "metrics.jsonl",
             "model",
+            "recipe.yaml",
             "samples.jsonl",
             "stage.json",
         ]
@@ -303,9 +358,16 @@ class TestSft:
         assert offline_wandb.history(directory) == list(merged.values())
 
     def test_saved_recipe_reads_back_equal(self, finished):
-        assert load_recipe(finished / "runs/tiny/recipe.yaml") == load_recipe(
-            finished / "recipe.yaml"
-        )
+        given = load_recipe(finished / "recipe.yaml")
+        assert load_recipe(finished / "runs/tiny/recipe.yaml") == given
+
+    def test_every_stage_keeps_the_recipe_that_it_was_made_with(self, copy):
+        before = (copy / "runs/tiny/pretrain/recipe.yaml").read_text()
+        job = make_job(copy / "runs/tiny", seed=9, name="runs", run={"root": str(copy)})
+        assert job.log is not None
+        job.close(0)
+        assert load_recipe(copy / "runs/tiny/sft/recipe.yaml") == job.recipe
+        assert (copy / "runs/tiny/pretrain/recipe.yaml").read_text() == before
 
     def test_finished_stage_is_skipped_until_forced(self, copy, capsys):
         before = (copy / "runs/tiny/sft/stage.json").stat().st_mtime_ns
@@ -431,11 +493,11 @@ class TestRefusals:
         assert not (copy / "runs/tiny/pretrain/model").exists()
 
     def test_adapter_that_reloads_otherwise_is_not_finished(self, copy, capsys, monkeypatch):
-        def save_wrong(model, folder, *, base):
+        def save_wrong(model, folder, *, base, revision):
             model.base_model.model.model.layers[0].self_attn.q_proj.lora_B[
                 "default"
             ].weight.data += 1
-            save(model, folder, base=base)
+            save(model, folder, base=base, revision=revision)
             model.base_model.model.model.layers[0].self_attn.q_proj.lora_B[
                 "default"
             ].weight.data -= 1
@@ -474,6 +536,6 @@ class TestRefusals:
         assert process.returncode == code
         name = signal.Signals(number).name
         last = shown.splitlines()[-1]
-        assert last == f"pretrain: stopped by {name}; the same command starts it again"
+        assert last == f"pretrain: stopped by {name}; the same command makes what is not finished"
         assert "Traceback" not in shown
         assert not (copy / "runs/tiny/pretrain/stage.json").exists()

@@ -9,11 +9,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from align.adapters import WEIGHTS
 from align.errors import TrainingError
@@ -22,6 +23,7 @@ from align.recipe_io import load_recipe
 from data.records import Message, Ranking
 from data.render import Renderer, Unusable
 from data.tokenizer import prepare_tokenizer
+from pipelines import reward_model, stage
 from pipelines.reward_model import (
     RankedTokens,
     RankingTrainer,
@@ -29,7 +31,9 @@ from pipelines.reward_model import (
     collate,
     ranked_tokens,
 )
-from reward.model import HEAD_KEY, RewardModel, new_reward_model
+from reward.model import HEAD_KEY, RewardModel, load_reward_model, new_reward_model
+from reward.ranking import strict_pairs
+from reward.scorer import score_rows
 from tests import tiny
 from tests.adapters import sft_adapter
 
@@ -106,8 +110,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     write(root / "sft.jsonl", [{"messages": messages} for messages in answers])
     (root / "recipe.yaml").write_text(RECIPE.format(root=root))
-    for stage in ("sft", "reward"):
-        result = python("-m", "pipelines.stage", stage, str(root / "recipe.yaml"), "--debug")
+    for name in ("sft", "reward"):
+        result = python("-m", "pipelines.stage", name, str(root / "recipe.yaml"), "--debug")
         assert result.returncode == 0, result.stderr
     return root
 
@@ -170,10 +174,43 @@ def test_a_saved_model_that_scores_differently_fails_the_stage(root: Path) -> No
     folder, rows = root / "runs/test/reward/model", demonstrations(root)[:4]
     recipe = load_recipe(root / "recipe.yaml")
     scores = torch.tensor(probe_scores(root, folder, rows))
-    check_reload(recipe, recipe.base.id, folder, rows, scores, pad_id=0)
+    check_reload(recipe, recipe.base.id, folder, rows, scores, pad_id=0, batch_size=3)
     for wrong in (scores + 2e-5, scores * torch.nan):
         with pytest.raises(TrainingError, match="scores differently"):
-            check_reload(recipe, recipe.base.id, folder, rows, wrong, pad_id=0)
+            check_reload(recipe, recipe.base.id, folder, rows, wrong, pad_id=0, batch_size=3)
+
+
+def test_scores_are_compared_as_computed_in_batches_of_one_shape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Shapes(torch.nn.Module):
+        """Rounds differently in batches of another shape, as bfloat16 on a GPU does."""
+
+        def forward(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return mask.sum(1) + 0.01 * input_ids.shape[0]
+
+    monkeypatch.setattr(reward_model, "load_causal_lm", lambda *_: None)
+    monkeypatch.setattr(reward_model, "load_reward_model", lambda *_: Shapes())
+    rows = [([2, 3], [4] * n) for n in range(5)]
+    scores = score_rows(Shapes(), rows, batch_size=2, pad_id=0)
+    recipe: Any = None
+    check_reload(recipe, "base", Path("model"), rows, scores, pad_id=0, batch_size=2)
+
+
+def test_a_trained_model_is_saved_before_anything_is_measured(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("measuring")
+
+    monkeypatch.setattr(reward_model, "_measure", fail)
+    parent = f"run.parents.sft={root / 'runs/test/sft'}"
+    arguments = [str(root / "recipe.yaml"), parent, "name=measured", "reward.epochs=0.1"]
+    assert stage.main(["reward", *arguments]) == 1
+    folder = root / "runs/measured/reward"
+    assert not (folder / "stage.json").exists()
+    base = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32)
+    load_reward_model(base, folder / "model")
 
 
 def test_doing_it_again_gives_the_same_model(root: Path) -> None:
@@ -281,6 +318,13 @@ def test_the_margin_reaches_the_loss(tmp_path: Path) -> None:
     rows = [RankedTokens(r.prompt, r.responses, r.targets, margin=2.0) for r in tokens(seed=2)]
     (_, without), (_, with_margin) = (train(folder, rows, 4, margin=m) for m in (False, True))
     assert with_margin[0] > without[0] + 0.1
+
+
+def test_scores_that_float32_cannot_tell_apart_are_no_tie() -> None:
+    row = RankedTokens([2], ([3, 1], [4, 1]), (16777216.0, 16777217.0), margin=None)
+    batch = collate([row], 0)
+    better, worse = strict_pairs(batch["groups"], batch["targets"])
+    assert (better.tolist(), worse.tolist()) == ([1], [0])
 
 
 def test_equal_responses_with_different_scores_are_dropped() -> None:

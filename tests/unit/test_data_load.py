@@ -72,7 +72,7 @@ def test_malformed_rows_of_all_files_are_refused_together(tmp_path):
     lines = str(error.value).splitlines()
     assert lines[0] == "23 malformed rows:"
     assert lines[1] == (
-        "  a.jsonl:2: chosen: got null, expected a list of {role, content};"
+        "  a.jsonl:2: chosen: got null, expected text or a list of {role, content};"
         " correct or remove the row"
     )
     assert lines[21:] == [

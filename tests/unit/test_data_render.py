@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from align.errors import InputError
 from align.recipe import TokenizerSection
-from data.records import Demonstration, Message, Ranking, Text
+from data.records import Demonstration, Message, Prompt, Ranking, Text
 from data.render import Renderer, Unusable, render_all
 from data.tokenizer import prepare_tokenizer
 from tests import tiny
@@ -257,6 +257,16 @@ def test_render_all_counts_reasons():
     assert dropped == {"response_too_long": 2, "nothing_to_learn": 1}
 
 
+def test_an_empty_earlier_answer_is_not_learned():
+    renderer = Renderer(prepare_tokenizer(tiny.tokenizer(), SECTION), 100, 100)
+    for earlier, learned in (("", 1), ("well", 2)):
+        messages = talk("hi", earlier, "and?", "yo")
+        labels = renderer.demonstration(messages).labels
+        answer = renderer.response(messages[:-1], "yo")
+        assert labels[-len(answer) :] == answer
+        assert labels.count(1) == learned  # as many end tokens
+
+
 def test_decode_gives_clean_text():
     tokenizer = prepare_tokenizer(tiny.tokenizer(), SECTION)
     renderer = Renderer(tokenizer, 100, 100)
@@ -265,12 +275,21 @@ def test_decode_gives_clean_text():
     assert renderer.decode([1]) == ""
 
 
-def test_text_of_records():
-    renderer = Renderer(prepare_tokenizer(tiny.tokenizer(), SECTION), 100, 100)
-    written = "\n\nHuman: hi\n\nAssistant: yo<|end|>"
-    assert renderer.text(Text("a\n b ")) == "a\n b "
-    assert renderer.text(Demonstration(talk("hi", "yo"))) == written
-    assert renderer.text(Ranking(talk("hi"), ("no", "yo"), (0.0, 1.0))) == written
+def test_documents_of_all_records():
+    tokenizer = prepare_tokenizer(tiny.tokenizer(), SECTION)
+    renderer = Renderer(tokenizer, 100, 100)
+
+    def written(record):
+        return tokenizer.decode(renderer.document(record))
+
+    assert written(Text("a\n b ")) == "a\n b "
+    assert 1 not in renderer.document(Text("a<|end|>"))
+    assert written(Text("a<|end|>")) == "a<|end|>"
+    assert written(Demonstration(talk("hi", "yo"))) == "\n\nHuman: hi\n\nAssistant: yo<|end|>"
+    ranking = Ranking(talk("hi"), ("no", "yo"), (0.0, 1.0))
+    assert written(ranking) == "\n\nHuman: hi\n\nAssistant: yo<|end|>"
+    assert written(Prompt(talk("hi"))) == "\n\nHuman: hi"
+    assert 1 not in renderer.document(Prompt(talk("a<|end|>")))
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():

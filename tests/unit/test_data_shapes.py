@@ -1,5 +1,7 @@
 """Rows of every shape to records by hand, and what each malformed row is told."""
 
+import json
+
 import pytest
 
 from align.errors import DataError
@@ -130,6 +132,22 @@ GOOD = [
         Ranking((user("Add.\n\n1 1"),), ("2", "3"), (1.0, 0.0)),
     ),
     (
+        # A transcript, and messages, are prompts of labelled pairs as of others.
+        {"prompt": HH, "first": "b", "second": "c", "label": 1},
+        {"labels": {"1": "first"}},
+        Ranking(HH_PROMPT, ("b", "c"), (1.0, 0.0)),
+    ),
+    (
+        {"prompt": ROLE_TALK[:2], "first": "b", "second": "c", "label": 1},
+        {"labels": {"1": "first"}},
+        Ranking(TALK[:2], ("b", "c"), (1.0, 0.0)),
+    ),
+    (
+        {"prompt": HH, "first": "b", "second": "c", "label": 1, "input": ""},
+        {"columns": {"input": "input"}, "labels": {"1": "first"}},
+        Ranking(HH_PROMPT, ("b", "c"), (1.0, 0.0)),
+    ),
+    (
         {"prompt": "hi", "responses": ["a", "b", "c"], "scores": [1, 3.5, 1]},
         {},
         Ranking(HI, ("a", "b", "c"), (1.0, 3.5, 1.0)),
@@ -163,6 +181,44 @@ GOOD = [
     ),
     ({"prompt": "hi"}, {}, Prompt(HI)),
     ({"prompt": HH}, {}, Prompt(HH_PROMPT)),
+    # A transcript without the marker that asks for an answer, without the first blank line, with
+    # Windows line ends; a marker that is the user's own.
+    ({"prompt": HH[: -len("\n\nAssistant:")]}, {}, Prompt(HH_PROMPT)),
+    ({"prompt": HH.strip()}, {}, Prompt(HH_PROMPT)),
+    ({"prompt": HH.replace("\n", "\r\n")}, {}, Prompt(HH_PROMPT)),
+    ({"prompt": "\n\nHuman: say Assistant:"}, {}, Prompt((user("say Assistant:"),))),
+    (
+        {"prompt": "\n\nHuman: hi\n\nAssistant: a\n\nHuman: say Assistant:"},
+        {},
+        Prompt((user("hi"), assistant("a"), user("say Assistant:"))),
+    ),
+    ({"prompt": "Human: hi"}, {}, Prompt((user("Human: hi"),))),
+    # Responses that repeat the prompt, as transcripts.
+    (
+        {"prompt": HH, "chosen": HH + " b", "rejected": "\n\nAssistant: c"},
+        {},
+        Ranking(HH_PROMPT, ("b", "c"), (1.0, 0.0)),
+    ),
+    (
+        {
+            "chosen": (HH + " b").replace("\n", "\r\n"),
+            "rejected": (HH + " c").replace("\n", "\r\n"),
+        },
+        {},
+        Ranking(HH_PROMPT, ("b", "c"), (1.0, 0.0)),
+    ),
+    (
+        {"instruction": "", "input": "1 1", "output": "2"},
+        {},
+        Demonstration((user("1 1"), assistant("2"))),
+    ),
+    (
+        {"instruction": "c", "output": "d", "system": "be kind", "history": [["a", " b"]]},
+        {},
+        Demonstration(
+            (Message("system", "be kind"), user("a"), assistant("b"), user("c"), assistant("d"))
+        ),
+    ),
     ({"text": " as it is\n"}, {}, Text(" as it is\n")),
 ]
 
@@ -178,6 +234,11 @@ DROPPED = [
     ({"chosen": HH + " b", "rejected": HH + " b\n\nHuman: c"}, "ends_on_user"),
     ({"chosen": HH + " b", "rejected": HH + " b\n\nAssistant: c"}, "different_prompts"),
     ({"prompt": "hi", "chosen": "a", "rejected": ROLE_TALK}, "different_prompts"),
+    (
+        {"prompt": HH, "chosen": "b", "rejected": "\n\nHuman: x\n\nAssistant: c"},
+        "different_prompts",
+    ),
+    ({"prompt": "\n\nHuman:\n\nAssistant:"}, "empty_prompt"),
     ({"prompt": "hi", "responses": ["a", "b"], "scores": [1, 1]}, "all_tied"),
     ({"prompt": "hi", "completion": "  "}, "empty_response"),
     ({"prompt": " ", "completion": "a"}, "empty_prompt"),
@@ -208,7 +269,7 @@ MALFORMED = [
     (
         "messages",
         {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]},
-        "messages[1].role: got 'tool', expected one of system, user, assistant;"
+        "messages[1].role: got the string 'tool', expected one of system, user, assistant;"
         " rename it or remove the row",
     ),
     (
@@ -219,8 +280,13 @@ MALFORMED = [
     (
         "messages",
         {"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
-        "messages[1].role: got 'system' after the first turn, expected one of system, user,"
-        " assistant, system only first; rename it or remove the row",
+        "messages[1].role: got the string 'system' after the first turn, expected one of system,"
+        " user, assistant, system only first; rename it or remove the row",
+    ),
+    (
+        "messages",
+        {"messages": [*ROLE_TALK, ROLE_TALK[2]]},
+        "messages: got two last turns of assistant, expected one answer; join them",
     ),
     (
         "messages",
@@ -230,13 +296,50 @@ MALFORMED = [
     (
         "messages",
         {"messages": ["a"]},
-        "messages[0]: got the string 'a', expected an object; correct or remove the row",
+        "messages[0]: got the string 'a', expected an object with role and content;"
+        " correct the row, or set another shape",
     ),
     (
         "sharegpt",
         {"conversations": [{"from": "observation", "value": "x"}]},
-        "conversations[0].from: got 'observation', expected one of human, user, gpt, assistant,"
-        " system; rename it or remove the row",
+        "conversations[0].from: got the string 'observation', expected one of human, user, gpt,"
+        " assistant, system; rename it or remove the row",
+    ),
+    (
+        "sharegpt",
+        {"conversations": ROLE_TALK},
+        "conversations[0]: got an object with role, content, expected an object with from and"
+        " value; correct the row, or set another shape",
+    ),
+    (
+        "sharegpt",
+        {"conversations": FROM_TALK[:2], "chosen": FROM_TALK[1], "rejected": FROM_TALK[2]},
+        "chosen: got a turn of user, expected an assistant turn; correct it",
+    ),
+    (
+        "sharegpt",
+        {"conversations": FROM_TALK, "chosen": FROM_TALK[2], "rejected": FROM_TALK[2]},
+        "conversations: got a last turn of assistant, expected a user turn; cut it off",
+    ),
+    (
+        "sharegpt",
+        {"conversations": FROM_TALK, "system": "be brief"},
+        "system: got text beside a system turn, expected one of them; remove one",
+    ),
+    (
+        "alpaca",
+        {"instruction": "a", "output": "b", "history": [["c"]]},
+        "history[0]: got a list of 1, expected [instruction, output]; correct it",
+    ),
+    (
+        "alpaca",
+        {"instruction": "a", "output": "b", "history": [["c", 1]]},
+        "history[0][1]: got the int 1, expected a string; correct or remove the row",
+    ),
+    (
+        "alpaca",
+        {"instruction": "a", "output": "b", "history": "c"},
+        "history: got the string 'c', expected a list of [instruction, output]; correct it",
     ),
     (
         "alpaca",
@@ -246,8 +349,43 @@ MALFORMED = [
     (
         "pairs",
         {"prompt": "a", "chosen": True, "rejected": "b"},
-        "chosen: got the boolean true, expected a list of {role, content};"
+        "chosen: got the boolean true, expected text or a list of {role, content};"
         " correct or remove the row",
+    ),
+    (
+        "pairs",
+        {"chosen": ROLE_TALK[2:], "rejected": ROLE_TALK[2:]},
+        "chosen: got a lone assistant turn and no prompt, expected the conversation up to the"
+        " answer, or a prompt beside it; map prompt in columns",
+    ),
+    (
+        "pairs",
+        {"chosen": [*ROLE_TALK, ROLE_TALK[2]], "rejected": [*ROLE_TALK, ROLE_TALK[2]]},
+        "chosen: got a last turn of assistant, expected a user turn; cut it off",
+    ),
+    (
+        "pairs",
+        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": -0.5},
+        "margin: got the float -0.5, expected 0 or more: how much better chosen is;"
+        " correct or remove the row",
+    ),
+    (
+        "pairs",
+        {"prompt": "\n\nHuman: a\n\nAssistant: b", "chosen": "b", "rejected": "c"},
+        "prompt: got a last turn of assistant, expected a user turn; cut it off",
+    ),
+    # JSON spells half a surrogate pair, which no tokenizer takes.
+    (
+        "text",
+        {"text": json.loads('"ab\\ud83d"')},
+        "text: got \\ud83d at character 3, half of a surrogate pair, expected whole characters;"
+        " correct or remove the row",
+    ),
+    (
+        "messages",
+        {"messages": [{"role": "user", "content": json.loads('"\\ude00"')}]},
+        "messages[0].content: got \\ude00 at character 1, half of a surrogate pair, expected whole"
+        " characters; correct or remove the row",
     ),
     (
         "pairs",
@@ -269,6 +407,23 @@ MALFORMED = [
         "ranking",
         {"prompt": "a", "responses": ["b", "c"], "scores": [1, "2"]},
         "scores[1]: got the string '2', expected a finite number; correct or remove the row",
+    ),
+    (
+        "ranking",
+        {"prompt": "a", "responses": ["b", "c"], "ranks": [1, float("inf")]},
+        "ranks[1]: got the float inf, expected a finite number; correct or remove the row",
+    ),
+    (
+        "ranking",
+        {"prompt": "a", "responses": ["b", "c"], "scores": [1, 10**400]},
+        f"scores[1]: got the int 1{'0' * 39}..., expected a finite number;"
+        " correct or remove the row",
+    ),
+    (
+        # More than float32 holds, in which the losses are computed.
+        "ranking",
+        {"prompt": "a", "responses": ["b", "c"], "scores": [1, 1e39]},
+        "scores[1]: got the float 1e+39, expected a finite number; correct or remove the row",
     ),
     (
         "ranking",
@@ -296,7 +451,24 @@ def test_an_unknown_label_is_named():
     row = {"prompt": "a", "first": "b", "second": "c", "label": 3}
     with pytest.raises(Fault) as error:
         read(row, labels={"1": "first", "2": "second"})
-    assert str(error.value) == ("label: got 3, expected one of labels (1, 2); add it to labels")
+    assert str(error.value) == (
+        "label: got the int 3, expected one of labels (1, 2); add it to labels"
+    )
+
+
+@pytest.mark.parametrize("file", ["x.csv", "x.csv.gz"])
+def test_numbers_in_csv_cells_are_text(file):
+    def margin(cell, path=file):
+        row = {"prompt": "5", "chosen": "a", "rejected": "b", "margin": cell}
+        return to_record(row, "pairs", Source(path=path, shape="pairs")).margin
+
+    assert [margin(cell) for cell in ("0.5", " 2 ", "1e-2", ".5", "")] == [0.5, 2, 0.01, 0.5, None]
+    for cell in ("nan", "inf", "1_0", "0,5", "a", " "):
+        with pytest.raises(Fault, match=r"^margin: got the string .*, expected a finite number"):
+            margin(cell)
+    for cell in ("0.5", ""):
+        with pytest.raises(Fault, match="expected a finite number"):
+            margin(cell, "x.jsonl")
 
 
 @pytest.mark.parametrize(

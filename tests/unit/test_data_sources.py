@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import struct
 import sys
 
 import pyarrow
@@ -14,10 +15,14 @@ from align.recipe import Data, Source
 from data.sources import read_file, read_hub, read_source
 
 
-def _parquet_bytes() -> bytes:
+def _parquet_of(names, *columns) -> bytes:
     file = io.BytesIO()
-    parquet.write_table(pyarrow.table({"text": ["a", "b"], "n": [1, 2]}), file)
+    parquet.write_table(pyarrow.Table.from_arrays(list(columns), names=names), file)
     return file.getvalue()
+
+
+def _parquet_bytes() -> bytes:
+    return _parquet_of(["text", "n"], pyarrow.array(["a", "b"]), pyarrow.array([1, 2]))
 
 
 def read(tmp_path, name, content):
@@ -94,6 +99,18 @@ BROKEN = [
         "{path}: row 2 (it ends on line 3): got 1 cells, the header names 2",
     ),
     ("a.csv", "text,text\na,1\n", "{path}:1: the header names column 'text' twice"),
+    (
+        "a.jsonl",
+        '{"text": "a"}\n{"text": "b", "text": "c"}\n',
+        "{path}:2: broken JSON: one object holds the key 'text' twice; keep one of them",
+    ),
+    (
+        "a.json",
+        '[{"messages": [{"role": "user", "role": "user"}]}]',
+        "{path}: broken JSON: one object holds the key 'role' twice; keep one of them",
+    ),
+    ("a.jsonl", '\n{"text": ' + "[" * 100_000, "{path}:2: broken JSON: nested too deeply"),
+    ("a.json", "[" * 100_000, "{path}: broken JSON: nested too deeply"),
 ]
 
 
@@ -102,6 +119,19 @@ def test_broken_files(tmp_path, name, content, message):
     with pytest.raises(DataError) as error:
         read(tmp_path, name, content)
     assert str(error.value) == message.format(path=tmp_path / name)
+
+
+def test_numbers_without_end_are_broken_json(tmp_path):
+    for name, place in (("a.jsonl", "a.jsonl:1"), ("a.json", "a.json")):
+        with pytest.raises(DataError, match=rf"{place}: broken JSON: Exceeds the limit \(4300"):
+            read(tmp_path, name, '[{"n": ' + "9" * 5000 + "}]")
+
+
+def test_parquet_text_that_is_no_utf_8_is_refused(tmp_path):
+    offsets = struct.pack("<2i", 0, 2)
+    text = pyarrow.StringArray.from_buffers(1, *map(pyarrow.py_buffer, (offsets, b"\xff\xfe")))
+    with pytest.raises(DataError, match=r"a\.parquet: .* damaged \(.*Invalid UTF8"):
+        read(tmp_path, "a.parquet", _parquet_of(["text"], text))
 
 
 def test_missing_file_and_directory(tmp_path):
@@ -131,6 +161,8 @@ ROWS = [{"text": "a\u2028b", "n": 1}, {"text": "c", "n": 2}]
             'text,n\r\n"two\nlines",1\r\nc,2\r\n',
             [(1, {"text": "two\nlines", "n": "1"}), (2, {"text": "c", "n": "2"})],
         ),
+        # Blank lines are no rows.
+        ("a.csv", "\ntext\n\na\r\n\r\nb\n\n", [(1, {"text": "a"}), (2, {"text": "b"})]),
         ("a.parquet", _parquet_bytes(), [(1, {"text": "a", "n": 1}), (2, {"text": "b", "n": 2})]),
         ("a.txt", "one\n\ntwo\n", [(1, {"text": "one\n\ntwo\n"})]),
     ],

@@ -1,6 +1,8 @@
 """What is measured on answers and rankings, against plain loops on a tiny model."""
 
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from peft import PeftModel
 
 from align.manifest import BaseFacts
 from align.recipe import Evaluate, TokenizerSection
+from align.recipe_ppo import Ppo
 from align.roles import Roles
+from data.load import LoadedData
 from data.records import Message, Prompt, Ranking
 from data.render import Renderer
 from data.tokenizer import end_ids, prepare_tokenizer
@@ -59,6 +63,36 @@ def logprob(model, prompt, response, temperature):
         logits = model(torch.tensor([prompt + response[:t]])).logits[0, -1]
         total += torch.log_softmax(logits / temperature, -1)[token].item()
     return total
+
+
+def job_of(num_heldout, **ppo):
+    values = {"lr": 1.0, "batch_size": 2, "minibatch_size": 2, "steps": 1, "max_new_tokens": 4}
+    section = Ppo.model_validate(values | {"probe_prompts": 3} | ppo)
+    rows = tuple(Prompt((Message("user", str(number)),)) for number in range(num_heldout))
+    data = {"prompts": LoadedData((), rows, ())}
+    recipe = SimpleNamespace(ppo=section)
+    return SimpleNamespace(recipe=recipe, data=data, parents={"ppo": None})
+
+
+@pytest.mark.parametrize(
+    ("ppo", "expected", "num_selected_on"),
+    [
+        ({}, "0123", 0),
+        ({"keep": "best"}, "3456", 0),
+        ({"heldout_reward": "m:f", "stop": {"divergence": 0.1}}, "3456", 0),
+        ({"keep": "best", "probe_prompts": 5}, "5601", 2),
+        ({"keep": "best", "probe_prompts": 64}, "0123", 4),
+    ],
+)
+def test_prompts_on_which_ppo_selected_come_last_and_are_counted(ppo, expected, num_selected_on):
+    chosen, seen = evaluate._heldout_prompts(job_of(7, **ppo), section(prompts=4))
+    assert "".join(prompt.messages[0].content for prompt in chosen) == expected
+    assert seen == num_selected_on
+    job = job_of(7, **ppo)
+    job.parents.clear()  # no policy was selected here
+    chosen, seen = evaluate._heldout_prompts(job, section(prompts=4))
+    assert "".join(prompt.messages[0].content for prompt in chosen) == "0123"
+    assert seen == 0
 
 
 def ask(loaded, role, settings, scorer=None, gold=None):
@@ -154,6 +188,7 @@ def test_reward_accuracy_counts_pairs_as_a_plain_loop_does(loaded):
     metrics = evaluate._reward_accuracy(loaded, rankings, section(), gold)
 
     right = longer = label_pairs = agreed = labelled = gold_pairs = 0.0
+    bins = [0.0] * 10  # right answers less their probabilities, from 0.5 to 1
     for row, ids in rankings:
         prompt = render.prompt(row.messages)
         scores = [plain_score(loaded, prompt + answer) for answer in ids]
@@ -162,6 +197,8 @@ def test_reward_accuracy_counts_pairs_as_a_plain_loop_does(loaded):
                 if row.scores[i] > row.scores[j]:
                     label_pairs += 1
                     right += scores[i] > scores[j]
+                    said = 1 / (1 + math.exp(-abs(scores[i] - scores[j])))
+                    bins[int(20 * (said - 0.5))] += (scores[i] > scores[j]) - said
                     longer += half(len(ids[i]), len(ids[j]))
                 if gold([], [first])[0] > gold([], [second])[0]:
                     gold_pairs += 1
@@ -171,6 +208,8 @@ def test_reward_accuracy_counts_pairs_as_a_plain_loop_does(loaded):
     assert metrics["reward/pairs"] == 4
     assert metrics["reward/accuracy"] == pytest.approx(right / 4)
     assert metrics["reward/accuracy/longer_wins"] == pytest.approx(longer / 4)
+    off = sum(map(abs, bins)) / 4
+    assert metrics["reward/calibration/ece"] == pytest.approx(off, abs=1e-5)
     assert metrics["reward/accuracy/gold"] == pytest.approx(agreed / 4)
     assert metrics["reward/labels/gold"] == pytest.approx(labelled / 4)
     assert metrics["reward/accuracy/low"] <= right / 4 <= metrics["reward/accuracy/high"]

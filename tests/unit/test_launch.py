@@ -5,6 +5,7 @@ The stages themselves are stand-ins in a temporary folder: they write what a fin
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,16 +14,19 @@ from pathlib import Path
 
 import pytest
 
+from align import tracking
+from launch import processes
+
 ROOT = Path(__file__).resolve().parents[2]
 
 STAGE = """
-import os, signal, sys, time
+import os, sys, time
 from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)
 import align
 from align import stages
 from align.manifest import BaseFacts, Manifest, ParentFacts, sha256_outputs, write_manifest
 from align.recipe_io import dump_recipe, load_recipe
+from pipelines.process import Stopped, signals_as_exceptions
 
 stage, file, *rest = sys.argv[1:]
 recipe = load_recipe(file, [word for word in rest if "=" in word])
@@ -31,12 +35,14 @@ if os.environ.get("FAIL") == stage:
     print(f"{stage}: no more rows", file=sys.stderr)
     sys.exit(2)
 if os.environ.get("HANG") == stage:
-    try:
-        print("hanging", file=sys.stderr, flush=True)
-        time.sleep(60)
-    except KeyboardInterrupt:
-        print(f"{stage}: stopped by SIGINT", file=sys.stderr)
-        sys.exit(130)
+    with signals_as_exceptions():
+        try:
+            print("hanging", file=sys.stderr, flush=True)
+            time.sleep(60)
+        except Stopped as stopped:
+            time.sleep(float(os.environ.get("UPLOAD", 0)))
+            print(f"{stage}: stopped by {stopped.signum}", file=sys.stderr)
+            sys.exit(128 + stopped.signum)
 folder = stages.stage_directory(recipe, stage)
 (folder / "model").mkdir(parents=True, exist_ok=True)
 (folder / "model" / "w").write_text(stages.recipe_sha256(recipe, stage))
@@ -104,6 +110,7 @@ def place(tmp_path: Path) -> Path:
     package = tmp_path / "house" / "pipelines"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
+    shutil.copy(ROOT / "pipelines" / "process.py", package)
     (package / "stage.py").write_text(STAGE)
     (package / "report.py").write_text(REPORT)
     (package / "export.py").write_text(EXPORT)
@@ -175,6 +182,52 @@ def test_a_missing_report_is_written_again(place: Path) -> None:
     report.unlink()
     align(place, "run", "r.yaml")
     assert report.is_file()
+
+
+def test_a_report_that_is_older_than_a_stage_is_written_again(place: Path) -> None:
+    align(place, "run", "r.yaml")
+    report = place / "runs" / "x" / "report.html"
+    first = report.stat().st_mtime_ns
+    align(place, "run", "r.yaml")
+    assert report.stat().st_mtime_ns == first
+    align(place, "eval", "runs/x", "--force")
+    assert report.stat().st_mtime_ns == first
+    align(place, "run", "r.yaml")
+    assert report.stat().st_mtime_ns > first
+
+
+def test_a_single_stage_says_that_its_parent_is_stale(place: Path) -> None:
+    align(place, "run", "r.yaml")
+    output, _ = align(place, "ppo", "r.yaml", "sft.lr=2e-3", "ppo.lr=2e-3")
+    assert output.splitlines()[0] == (
+        "warning: ppo builds on sft as it was made, which is not up to date: its settings in the"
+        " recipe have changed; `align run` makes it again"
+    )
+    assert "ppo: running" in output
+    assert "warning" not in align(place, "ppo", "r.yaml", "ppo.lr=3e-3")[0]
+
+
+def test_debug_reaches_the_report(place: Path) -> None:
+    align(place, "run", "r.yaml")
+    script = "import sys; sys.exit(str(sys.argv[1:]))"
+    (place / "house" / "pipelines" / "report.py").write_text(script)
+    assert align(place, "report", "runs/x", code=1)[1] == "['runs/x']\n"
+    assert align(place, "report", "runs/x", "--debug", code=1)[1] == "['runs/x', '--debug']\n"
+
+
+@pytest.mark.parametrize("words", [("run", "r.yaml"), ("sft", "r.yaml", "--force")])
+def test_a_folder_of_something_else_is_not_replaced(place: Path, words: tuple[str, ...]) -> None:
+    package = place / "x" / "sft"
+    package.mkdir(parents=True)
+    (package / "model.py").write_text("precious")
+    output, errors = align(place, *words, "run.root=.", code=2)
+    assert errors == (
+        "error: x/sft: would be replaced, and is no stage's folder: it holds model.py, but neither"
+        " stage.json nor metrics.jsonl; change name or run.root\n"
+    )
+    assert "running" not in output
+    (package / "metrics.jsonl").touch()
+    align(place, "sft", "r.yaml", "run.root=.")
 
 
 def test_a_failing_stage_ends_the_run_with_its_exit_code(place: Path) -> None:
@@ -348,16 +401,75 @@ def test_interrupt_reaches_the_stage_and_ends_with_130(place: Path, group: bool)
         os.killpg(process.pid, signal.SIGINT)
     else:
         process.send_signal(signal.SIGINT)
-    assert process.stderr.read() == "sft: stopped by SIGINT\n"
+    assert process.stderr.read() == "sft: stopped by 2\n"
     assert process.wait() == 130
+
+
+def test_a_stage_has_the_time_to_upload_what_it_logged(place: Path) -> None:
+    """The launcher's own signal, after the terminal's, must not cut it off."""
+    process = start(place, "run", "r.yaml", HANG="sft", UPLOAD="7")
+    assert process.stderr is not None
+    assert process.stderr.readline() == "hanging\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (errors, process.returncode) == ("sft: stopped by 2\n", 130)
+    assert processes._LAST_SECONDS > tracking.FINISH_TIMEOUT
 
 
 def test_a_stage_hears_an_interrupt_only_when_it_listens(place: Path) -> None:
     """Else Ctrl-C while it imports its libraries would show a stack trace."""
-    asks = "import signal, sys; sys.exit(str(signal.getsignal(signal.SIGINT)))"
-    (place / "house" / "pipelines" / "stage.py").write_text(asks)
-    _, errors = align(place, "run", "r.yaml", code=1)
-    assert errors == "1\n"  # SIG_IGN
+    (place / "house" / "pipelines" / "stage.py").write_text(
+        "import os, signal, sys\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "print('importing', file=sys.stderr)\n"
+        "from pipelines.process import signals_as_exceptions\n"
+        "with signals_as_exceptions(): print('not reached', file=sys.stderr)\n"
+    )
+    _, errors = align(place, "run", "r.yaml", code=130)
+    message = "stopped by SIGINT; the same command makes what is not finished"
+    assert errors.splitlines()[-2:] == ["importing", message]
+
+
+def test_a_later_interrupt_ends_a_stage_at_once(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys, time\n"
+        "from pipelines import process\n"
+        "process._ONE_SIGNAL_SECONDS = 0.2\n"
+        "def press(): os.kill(os.getpid(), signal.SIGINT)\n"
+        "with process.signals_as_exceptions():\n"
+        "    try: press()\n"
+        "    except process.Stopped:\n"
+        "        press(); print('one', flush=True)\n"
+        "        time.sleep(0.3); press(); print('two')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "one\n", "")
+
+
+def test_nohup_and_background_jobs_live_on(place: Path) -> None:
+    """What the shell has set to be ignored stays so, in the launcher and in the stage."""
+    (place / "house" / "pipelines" / "stage.py").write_text(
+        "import os, signal, sys\n"
+        "from pipelines.process import signals_as_exceptions\n"
+        "with signals_as_exceptions():\n"
+        "    for number in (signal.SIGINT, signal.SIGHUP):\n"
+        "        os.kill(os.getpid(), number); os.kill(os.getppid(), number)\n"
+        "    sys.exit('alive')\n"
+    )
+    main = ALIGN.replace("cli.main()", "from launch import __main__; __main__.main()")
+    ignoring = "import signal; signal.signal(1, signal.SIG_IGN); signal.signal(2, signal.SIG_IGN)"
+    process = subprocess.run(
+        [sys.executable, "-c", f"{ignoring}\n{main}", "run", "r.yaml"],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (process.returncode, process.stderr) == (1, "alive\n")
 
 
 def test_an_interrupt_while_the_command_is_imported_shows_no_stack_trace(tmp_path: Path) -> None:
@@ -379,8 +491,20 @@ def test_terminate_reaches_the_stage(place: Path) -> None:
     assert process.stderr.readline() == "hanging\n"
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
-    assert errors == "error: stopped by SIGTERM; the same command continues\n"
+    assert errors == "sft: stopped by 15\n"
     assert process.returncode == 143
+
+
+def test_what_the_stage_did_not_say_the_launcher_says(place: Path) -> None:
+    dies = "import sys, time; print('hanging', file=sys.stderr, flush=True); time.sleep(60)"
+    (place / "house" / "pipelines" / "stage.py").write_text(dies)
+    process = start(place, "run", "r.yaml")
+    assert process.stderr is not None
+    assert process.stderr.readline() == "hanging\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    message = "error: stopped by SIGTERM; the same command makes what is not finished\n"
+    assert (errors, process.returncode) == (message, 143)
 
 
 def test_a_killed_stage_is_reported(place: Path) -> None:

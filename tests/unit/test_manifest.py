@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from align.errors import ParentError
+from align.errors import InputError, ParentError
 from align.manifest import (
     BaseFacts,
     Manifest,
+    begin_folder,
+    check_replaceable,
     check_same_origin,
     find_manifest,
     read_manifest,
@@ -54,6 +56,52 @@ def test_a_metric_that_is_not_a_number_reads_back(tmp_path: Path) -> None:
     metrics = read_manifest(tmp_path, "sft").metrics
     assert math.isnan(metrics["loss"])
     assert metrics["lr"] == math.inf
+
+
+def contents(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("mark", ["stage.json", "metrics.jsonl"])
+def test_a_stage_takes_the_place_of_a_stage(tmp_path: Path, mark: str) -> None:
+    begin_folder(tmp_path / "new" / "sft")
+    assert contents(tmp_path / "new" / "sft") == {"metrics.jsonl"}
+    old = tmp_path / "old"
+    (old / "model").mkdir(parents=True)
+    (old / "model" / "w").touch()
+    (old / mark).write_text("before")
+    begin_folder(old)
+    assert contents(old) == {"metrics.jsonl"}
+    assert (old / "metrics.jsonl").read_text() == ""
+
+
+def test_what_is_no_stage_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "reward" / "stage.json").mkdir(parents=True)
+    (tmp_path / "reward" / "model.py").write_text("precious")
+    before = contents(tmp_path)
+    for refuse in (check_replaceable, begin_folder):
+        with pytest.raises(InputError, match=r"reward: would be replaced.*it holds model\.py, but"):
+            refuse(tmp_path / "reward")
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_killed_while_it_is_emptied_can_be_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "recipe.yaml").touch()
+    (tmp_path / "stage.json").touch()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("align.manifest.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            begin_folder(tmp_path)
+    assert not (tmp_path / "stage.json").exists()
+    begin_folder(tmp_path)
+    assert contents(tmp_path) == {"metrics.jsonl"}
 
 
 def test_missing_broken_or_another_stage_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
@@ -147,7 +147,7 @@ def test_saved_adapter_loads_as_it_was(make, tmp_path):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    save_adapter(model, tmp_path / "a", "policy", base="org/model")
+    save_adapter(model, tmp_path / "a", "policy", base="org/model", revision=None)
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -164,9 +164,9 @@ def test_base_made_by_a_stage_is_stored_by_its_relative_path(tmp_path):
     base = tmp_path / "run" / "pretrain" / "model"
     base.mkdir(parents=True)
     model = get_peft_model(tiny.llama(), lora_config(Adapter(), "CAUSAL_LM", tiny.llama()))
-    save_adapter(model, tmp_path / "one", base=str(base))
+    save_adapter(model, tmp_path / "one", base=str(base), revision=None)
     (base.parent / "stage.json").touch()
-    save_adapter(model, tmp_path / "run" / "sft" / "model", base=str(base))
+    save_adapter(model, tmp_path / "run" / "sft" / "model", base=str(base), revision=None)
     stored = [
         json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         for folder in (tmp_path / "one", tmp_path / "run" / "sft" / "model")
@@ -176,6 +176,14 @@ def test_base_made_by_a_stage_is_stored_by_its_relative_path(tmp_path):
 
 def test_adapter_is_not_written_over_another(tmp_path):
     model = get_peft_model(tiny.llama(), lora_config(Adapter(), "CAUSAL_LM", tiny.llama()))
-    save_adapter(model, tmp_path / "a", base="org/model")
+    save_adapter(model, tmp_path / "a", base="org/model", revision=None)
     with pytest.raises(FileExistsError, match="holds an adapter already"):
-        save_adapter(model, tmp_path / "a", base="org/model")
+        save_adapter(model, tmp_path / "a", base="org/model", revision=None)
+
+
+@pytest.mark.parametrize("revision", ["0123abcd", None])
+def test_an_adapter_names_the_revision_of_its_base(tmp_path, revision):
+    model = get_peft_model(tiny.llama(), lora_config(Adapter(), "CAUSAL_LM", tiny.llama()))
+    save_adapter(model, tmp_path / "a", base="org/model", revision=revision)
+    config = PeftConfig.from_pretrained(str(tmp_path / "a"))
+    assert (config.base_model_name_or_path, config.revision) == ("org/model", revision)

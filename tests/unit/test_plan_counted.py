@@ -118,7 +118,7 @@ def step(module: nn.Module) -> torch.optim.Optimizer:
 
 def roles(tmp_path, dtype: torch.dtype, *, layout: str, trunk: str, layers: str) -> Roles:
     folder = adapters.sft_adapter(tiny.llama(), tmp_path / "a", layers=layers)
-    own = ("policy", "value") if layout == "separate" else ()
+    own = {"separate": ("policy", "value"), "mixed": ("value",)}.get(layout, ())
     names = ["policy", "reference", "reward", *(["value"] if trunk == "own" else [])]
     models = {role: merged(tiny.llama().to(dtype), folder).float() for role in own if role in names}
     if "value" in models:
@@ -132,16 +132,17 @@ def roles(tmp_path, dtype: torch.dtype, *, layout: str, trunk: str, layers: str)
     )
 
 
-@pytest.mark.parametrize("layout", ["shared", "separate"])
+@pytest.mark.parametrize("layout", ["shared", "separate", "mixed"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("trunk", ["own", "policy"])
 @pytest.mark.parametrize("layers", ["all", "top-half"])
 def test_ppo_holds_what_the_plan_says(tmp_path, layout, dtype, trunk, layers) -> None:
     made = roles(tmp_path, getattr(torch, dtype), layout=layout, trunk=trunk, layers=layers)
+    critic = "separate" if (layout, trunk) == ("mixed", "own") else None
     plan = plans(
         recipe(
-            layout=layout,
-            value={"trunk": trunk},
+            layout=layout if layout != "mixed" else "shared",
+            value={"trunk": trunk, "layout": critic},
             base={"id": "x", "dtype": dtype},
             adapter={"r": 4, "alpha": 8.0, "layers": layers},
         )

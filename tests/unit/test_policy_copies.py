@@ -1,12 +1,15 @@
 """The best policy and the average one: copies that training does not move."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from pipelines.policy_copies import BestPolicy, PolicyEma
+from align.recipe_ppo import Ppo
+from pipelines.policy_copies import BestPolicy, KeptPolicy, PolicyEma
+from pipelines.shaping import Outcome, ScoreScaler
 
 
 def parameters(*values, dtype=torch.float32):
@@ -100,3 +103,68 @@ def test_the_average_of_bfloat16_parameters_moves_by_small_steps():
     ema.apply()
     assert params[0].dtype == torch.bfloat16
     assert read(params) == [1.5]
+
+
+def keeping(looks, **changes):
+    """What decides about the best policy, on a probe that saw ``(scores, ended, kl)`` at each look.
+
+    The policy is one parameter, which is the number of the look.
+    """
+    settings = {"lr": 1.0, "batch_size": 2, "minibatch_size": 2, "steps": 9, "max_new_tokens": 4}
+    section = Ppo.model_validate(settings | {"keep": "best"} | changes)
+    policy = parameters(0)
+    roles = SimpleNamespace(role_parameters=lambda role: policy if role == "policy" else [])
+
+    def look(step):
+        scores, ended, kl = looks[step]
+        seen = Outcome(torch.tensor(scores), torch.tensor(ended), torch.tensor(kl), None)
+        return {"probe/score": sum(scores) / len(scores)}, seen
+
+    scaler = ScoreScaler(section.reward_scaling)
+    kept = KeptPolicy(section, roles, SimpleNamespace(look=look), scaler)
+    return kept, policy, scaler
+
+
+ENDED, CUT = (True, True), (True, False)
+
+
+def best_of(looks, coefs=(0.1,) * 9, **changes):
+    kept, policy, _ = keeping(looks, **changes)
+    for step in range(len(looks)):
+        set_to(policy, step)
+        kept.look(step, {"loss": 10.0 + step}, coefs[step])
+    metrics = kept.settle({"loss": -1.0})
+    assert read(policy) == [metrics["best_step"]]
+    return metrics
+
+
+def test_the_best_policy_is_judged_as_ppo_is_paid():
+    looks = [((1.0, 1.0), ENDED, (0.0, 0.0)), ((2.0, 3.0), CUT, (0.0, 0.0))]
+    assert best_of(looks)["best_step"] == 1
+    assert best_of(looks, missing_eos={"mode": "subtract", "value": 4.0})["best_step"] == 0
+    # An outlier that is cut in training counts no more here.
+    looks = [((1.0, 1.0), ENDED, (0.0, 0.0)), ((-2.0, 50.0), ENDED, (0.0, 0.0))]
+    assert best_of(looks)["best_step"] == 1
+    assert best_of(looks, reward_scaling={"clip": 1.5})["best_step"] == 0
+
+
+def test_the_best_policy_is_judged_by_the_kl_coefficient_of_the_moment():
+    # Worth 2 and 0 at first; with half the KL's weight 3 and 4.
+    looks = [((4.0, 4.0), ENDED, (2.0, 2.0)), ((8.0, 8.0), ENDED, (8.0, 8.0))]
+    assert best_of(looks, coefs=(1.0, 1.0))["best_step"] == 0
+    assert best_of(looks, coefs=(1.0, 0.5))["best_step"] == 1
+    # The one kept is judged again, too: not 4 - 0.1 * 2 of then but 4 - 2 of now.
+    looks = [((4.0, 4.0), ENDED, (2.0, 2.0)), ((3.0, 3.0), ENDED, (0.0, 0.0))]
+    assert best_of(looks, coefs=(0.1, 1.0))["best_step"] == 1
+
+
+def test_the_final_metrics_are_those_of_the_kept_step():
+    looks = [((s, s), ENDED, (0.0, 0.0)) for s in (1.0, 5.0, 2.0)]
+    assert best_of(looks) == {"loss": 11.0, "probe/score": 5.0, "best_step": 1.0}
+
+
+def test_the_last_policy_keeps_the_metrics_of_the_last_step():
+    kept, policy, _ = keeping([((1.0, 1.0), ENDED, (0.0, 0.0))], keep="last")
+    assert kept.look(0, {"loss": 10.0}, 0.1) == {"loss": 10.0, "probe/score": 1.0}
+    assert kept.settle({"loss": -1.0}) == {"loss": -1.0}
+    assert read(policy) == [0.0]

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from align.adapters import WEIGHTS, save_adapter
 from align.engine import Engine
 from align.errors import TrainingError
 from align.manifest import BaseFacts
@@ -21,7 +23,7 @@ from data.render import Renderer
 from data.tokenizer import end_ids, prepare_tokenizer
 from pipelines import ppo
 from pipelines.load_roles import LoadedRoles
-from pipelines.rollout import collect
+from pipelines.rollout import collect, now
 from pipelines.shaping import ScoreScaler, estimate
 from pipelines.update import Updater
 from reward.model import ScoreHead
@@ -47,6 +49,13 @@ def head():
     return made
 
 
+OWN = {"shared": (), "separate": ("policy", "value"), "critic": ("value",), "policy": ("policy",)}
+
+
+def tied():
+    return tiny.llama(tie_word_embeddings=True)
+
+
 def own_model(base, role, folder):
     model = merged(base, folder)
     return model if role == "policy" else model.base_model
@@ -60,7 +69,7 @@ def load(make_base, folder, *, layout="shared", trunk="own", engine="native", la
     folders = {"policy": sft, "reference": sft, "reward": rm}
     if trunk == "own":
         folders["value"] = rm
-    own = [role for role in ("policy", "value") if layout == "separate" and role in folders]
+    own = [role for role in OWN[layout] if role in folders]
     roles = Roles(
         make_base(),
         {role: path for role, path in folders.items() if role not in own},
@@ -161,11 +170,12 @@ def gradient_of_four_rows(loaded, rollout, estimates, section):
     return gradients
 
 
+@pytest.mark.parametrize("layout", ["separate", "critic", "policy"])
 @pytest.mark.parametrize("make_base", [tiny.llama, tiny.gpt2])
-def test_both_layouts_give_the_same_numbers(make_base, tmp_path):
+def test_all_layouts_give_the_same_numbers(make_base, layout, tmp_path):
     """Merged weights are the base plus its adapter, whoever adds them up."""
     shared = load(make_base, tmp_path / "a")
-    separate = load(make_base, tmp_path / "b", layout="separate")
+    separate = load(make_base, tmp_path / "b", layout=layout)
     ours, theirs = rolled(shared), rolled(separate)
     assert sampled_ids(ours) == sampled_ids(theirs)
     for name in ("logprobs", "ref_logprobs", "values", "entropy", "scores"):
@@ -176,8 +186,9 @@ def test_both_layouts_give_the_same_numbers(make_base, tmp_path):
     ]
     for key in ("ppo/ratio_first_max_error", "ppo/explained_variance"):
         assert updates[0][key] == pytest.approx(updates[1][key], abs=1e-4)
-    moved = [p for p in separate.roles.role_parameters("policy") if p.grad is None]
-    assert len(moved) == len(list(make_base().parameters()))  # cleared after the step
+    if layout != "critic":
+        moved = [p for p in separate.roles.role_parameters("policy") if p.grad is None]
+        assert len(moved) == len(list(make_base().parameters()))  # cleared after the step
 
 
 @pytest.mark.parametrize("make_base", [tiny.llama, tiny.gpt2])
@@ -353,6 +364,52 @@ def test_a_reference_that_is_not_the_sft_model_is_noticed(loaded):
     loaded.roles.role_parameters("reference")[1].data.add_(0.1)
     with pytest.raises(TrainingError, match=r"step 0: .* policy and reference differ"):
         ppo._check_reference(rolled(loaded), 1e-4)
+
+
+def test_nan_passes_neither_check_before_the_first_update(loaded):
+    rollout = rolled(loaded)
+    broken = replace(rollout, logprobs=rollout.logprobs * math.nan)
+    with pytest.raises(TrainingError, match=r"step 0: .* differ by up to nan"):
+        ppo._check_reference(broken, 1e-4)
+    estimates = worth(rollout)
+    for tolerance in (1e-4, math.inf):
+        with pytest.raises(TrainingError, match=r"\|ratio - 1\| is up to nan"):
+            updater_of(loaded, tolerance=tolerance).update(broken, estimates, seed=0)
+
+
+def saved(loaded, folder):
+    """The policy as the stage writes it."""
+    roles = loaded.roles
+    if "policy" in roles.models:
+        roles.model("policy").save_pretrained(folder)
+    else:
+        save_adapter(roles.peft, folder, "policy", base="base", revision=None)
+    return folder / ("model.safetensors" if "policy" in roles.models else WEIGHTS)
+
+
+@pytest.mark.parametrize("make_base", [tiny.llama, tiny.gpt2, tied])
+@pytest.mark.parametrize("layout", ["shared", "separate"])
+def test_a_saved_policy_is_compared_number_by_number(make_base, layout, tmp_path):
+    loaded = load(make_base, tmp_path, layout=layout)
+    file = saved(loaded, tmp_path / "policy")
+    ppo._check_saved(loaded.roles, file.parent)
+    tensors = load_file(file)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    turned = tensors[name].flip(0)  # the same sum
+    for wrong in (tensors | {name: turned}, {n: t for n, t in tensors.items() if n != name}):
+        save_file({n: t.contiguous() for n, t in wrong.items()}, file, {"format": "pt"})
+        with pytest.raises(TrainingError, match=r"is not the one in memory: \d tensors differ"):
+            ppo._check_saved(loaded.roles, file.parent)
+
+
+def test_the_time_is_read_when_a_gpu_has_finished(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    now(torch.device("cpu"))
+    assert waited == []
+    first, second = (now(torch.device("cuda", 0)) for _ in range(2))
+    assert waited == [torch.device("cuda", 0)] * 2
+    assert first < second
 
 
 def test_dropout_between_rollout_and_update_shows_in_the_ratio(loaded):

@@ -138,7 +138,7 @@ def test_tied_embeddings_stay_whole(tmp_path):
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize("asked", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
 def test_the_compute_dtype_is_explicit_on_every_layer(folder, asked):
     layers = body(load(folder, compute_dtype=asked))
     assert {layer.compute_dtype for layer in layers} == {getattr(torch, asked)}
@@ -152,15 +152,15 @@ def test_the_compute_dtype_is_explicit_on_every_layer(folder, asked):
         ("cpu", True, torch.bfloat16),
         ("cpu", False, torch.float32),
         ("cuda", True, torch.bfloat16),
-        ("cuda", False, torch.float16),
+        ("cuda", False, torch.float32),  # float16 would need its gradients scaled
     ],
 )
 def test_compute_dtype_auto(monkeypatch, device, has_bf16, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
     assert compute_dtype(Base(id="x", quantization="nf4"), torch.device(device)) == expected
-    plain = Base(id="x", dtype="float16")
-    assert compute_dtype(plain, torch.device(device)) == torch.float16
+    plain = Base(id="x", dtype="bfloat16")
+    assert compute_dtype(plain, torch.device(device)) == torch.bfloat16
 
 
 def gradients(model):
@@ -249,7 +249,7 @@ def test_the_score_head_on_a_quantised_base_is_whole_and_trained(folder, tmp_pat
     mask = torch.ones_like(IDS)
     reward(IDS, mask).sum().backward()
     assert all(p.grad is not None for p in reward.parameters() if p.requires_grad)
-    reward.save(tmp_path / "reward", str(there))
+    reward.save(tmp_path / "reward", str(there), None)
     again = load_reward_model(load(there), tmp_path / "reward")
     assert torch.equal(again(IDS, mask), reward.eval()(IDS, mask).detach())
 

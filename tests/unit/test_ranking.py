@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from reward.ranking import (
+    calibration_error,
     count_rankings,
     mean_margin,
     pair_losses,
@@ -236,3 +237,37 @@ def test_interval_covers_the_truth_about_nine_times_in_ten() -> None:
         interval = share_with_interval(outcomes, owners)
         covered += interval.low <= 2 / 3 <= interval.high
     assert 0.86 <= covered / 300 <= 0.94
+
+
+def test_calibration_error_by_hand() -> None:
+    """Scores ln 3 apart say 75 %; equal ones 50 %, of which half is right."""
+    ln3 = math.log(3)
+    groups = torch.arange(4).repeat_interleave(2)
+    scores = torch.tensor([ln3, 0.0, ln3, 0.0, ln3, 0.0, ln3, 0.0])
+
+    def error(targets: list[float], scores: torch.Tensor = scores) -> float:
+        return calibration_error(scores, groups, torch.tensor(targets))
+
+    right, wrong = [1.0, 0.0], [0.0, 1.0]
+    assert error(right * 3 + wrong) == pytest.approx(0.0, abs=1e-7)
+    assert error(right * 4) == pytest.approx(0.25)
+    assert error(wrong * 4) == pytest.approx(0.75)
+    assert error(right * 4, torch.zeros(8)) == 0.0
+    # Bins of their own: 75 % said and right once of 2, 90 % said and right once of 2.
+    ln9 = math.log(9)
+    mixed = torch.tensor([ln3, 0.0, ln3, 0.0, ln9, 0.0, 0.0, ln9])
+    assert error(right + wrong + right * 2, mixed) == pytest.approx((0.25 + 0.4) / 2)
+    assert math.isnan(error([1.0] * 8))
+
+
+def test_calibration_error_of_a_model_that_says_the_truth_is_small() -> None:
+    """Winners drawn by Bradley-Terry; of a model too sure of itself it is large."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = 2_000
+    difference = torch.randn(pairs, generator=generator) * 2
+    first_wins = torch.rand(pairs, generator=generator) < torch.sigmoid(difference)
+    scores = torch.stack([difference, torch.zeros(pairs)], 1).flatten()
+    targets = torch.stack([first_wins, ~first_wins], 1).flatten().float()
+    groups = torch.arange(pairs).repeat_interleave(2)
+    assert calibration_error(scores, groups, targets) < 0.05
+    assert calibration_error(3 * scores, groups, targets) > 0.1

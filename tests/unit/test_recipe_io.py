@@ -101,6 +101,9 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
         "tracking.entity='2026-01-01'",
         'tokenizer.pad_token="<|p\\u00e4d|>\\n\\t"',
         "tokenizer.id='null'",
+        "tokenizer.vocab_size=null",
+        "data.sft.train.0.world=null",
+        "data.sft.train.0.path=' '",
         "base.revision=' '",
         "data.sft.train.0.columns={'0': a.b, '=': '<<'}",
         "adapter.targets=[q_proj, '']",
@@ -130,6 +133,42 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
         ("base: {id: pretrain}", "base: pretrain", "base=pretrain: found 'pretrain' (text); allo"),
         ("base: {id: pretrain}", "base: {id: x, dtype: fp32}", "base.dtype=fp32: found 'fp32' (t"),
         ("base: {id: pretrain}", "base: {}", "base.id: missing; needed: text"),
+        (
+            "tokenizer: {vocab_size: 320}",
+            "tokenizer: {vocab_size: 320, id: gpt2}",
+            "tokenizer.vocab_size=320: is of the tokenizer that the pretrain stage trains; has no"
+            " effect beside tokenizer.id; give one of the two",
+        ),
+        (
+            "    train: [{world: text}]",
+            "    train: [{world: text, shape: alpaca}]",
+            "shape=alpaca: has",
+        ),
+        (
+            "    train: [{world: text}]",
+            "    train: [{world: text, columns: {a: b}}]",
+            "columns: has no",
+        ),
+        (
+            "    train: [{world: text}]",
+            "    train: [{world: text, labels: {a: tie}}]",
+            "labels: has no",
+        ),
+        (
+            "    train: [{world: text}]",
+            "    train: [{path: a.jsonl, split: test}]",
+            "split=test: has no effect on",
+        ),
+        (
+            "base: {id: pretrain}",
+            "base: {id: x, dtype: float16}",
+            "base.dtype=float16: small gradients become 0 in it unless the loss is scaled, which",
+        ),
+        (
+            "base: {id: pretrain}",
+            "base: {id: x, quantization: nf4, compute_dtype: float16}",
+            "base.compute_dtype=float16: small gradients become 0 in it unless the loss is scaled",
+        ),
         (
             "base: {id: pretrain}",
             "base: {id: pretrain, quantization: int8, double_quantization: true}",
@@ -222,6 +261,15 @@ def test_override_messages_name_the_override(tmp_path: Path, override: str, expe
     lines = problems(write(tmp_path, GOOD), override)
     assert len(lines) == 1
     assert lines[0].startswith(expected)
+
+
+def test_a_tokenizer_that_nobody_trains_has_no_size(tmp_path: Path) -> None:
+    data_only = GOOD.partition("pretrain:\n  lr")[0]
+    path = write(tmp_path, f"{data_only}run: {{parents: {{pretrain: elsewhere}}}}\n")
+    (problem,) = problems(path)
+    assert "tokenizer.vocab_size=320: is of the tokenizer" in problem
+    assert problem.endswith("has no effect without a pretrain section; leave it out")
+    load_recipe(path, ["tokenizer.vocab_size=null"])
 
 
 def test_an_override_given_twice_is_refused(tmp_path: Path) -> None:

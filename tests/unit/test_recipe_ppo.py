@@ -56,6 +56,14 @@ def refused(*overrides: str) -> list[str]:
             "ppo.layout=separate: trains all weights, and those in nf4 have no gradient; allowed",
         ),
         (
+            ["ppo.value={trunk: own, layout: separate}", "base.quantization=nf4"],
+            "ppo.value.layout=separate: trains all weights, and those in nf4 have no gradient",
+        ),
+        (
+            ["ppo.value.layout=separate", "ppo.value.trunk=policy"],
+            "ppo.value.layout=separate: value.trunk=policy is a head on the",
+        ),
+        (
             ["data.prompts.heldout=[]", "ppo.keep=best"],
             "ppo.keep=best: is decided by held-out prompts",
         ),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from align.errors import InputError, ParentError
+from align.manifest import read_manifest
 from align.recipe import StageName
 from pipelines import charts, results
 from pipelines.report import duration, render
@@ -55,6 +56,14 @@ def test_headline_gives_scores_and_win_rate_with_interval(tmp_path: Path) -> Non
     assert text.endswith("PPO made the answers better.")
     values = [figure.value.replace("\u00a0", " ") for figure in headline.figures]
     assert values == ["0.42 \u2192 0.61", "71.2 %", "13.1 nats", "68.1 %"]
+
+
+def test_headline_says_where_ppo_selected_its_policy_on_the_same_prompts(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "mini"))
+    metrics = run["evaluate"].final() | {"prompts/selected_on": 12.0}
+    write_stage(tmp_path / "mini" / "evaluate", "evaluate", [], metrics)
+    sentences = results.headline(read_run(tmp_path / "mini"), 20).sentences
+    assert sentences[1].startswith("PPO has selected its policy on 12 of them, so that its figures")
 
 
 @pytest.mark.parametrize(
@@ -189,6 +198,30 @@ def test_parents_in_other_runs_are_found(tmp_path: Path) -> None:
     facts = read_run(tmp_path / "second")
     assert list(facts) == ["pretrain", "sft", "reward"]
     assert facts["sft"].directory.resolve() == tmp_path / "first" / "sft"
+
+
+def test_a_reward_model_that_ppo_was_given_is_not_the_runs(tmp_path: Path) -> None:
+    write_run(tmp_path / "other", ["sft", "reward"])
+    run = write_run(tmp_path / "mini", ["sft", "ppo"])
+    path, made = run / "ppo" / "stage.json", tmp_path / "other" / "reward"
+    manifest = json.loads(path.read_text())
+    given = {"stage": "reward", "path": "../../other/reward", "in_chain": False}
+    manifest["parents"].append(given | {"sha256": read_manifest(made, "reward").outputs_sha256()})
+    path.write_text(json.dumps(manifest))
+    facts = read_run(run)
+    assert list(facts) == ["sft", "ppo"]
+    assert results.reward_card(facts) is None
+    manifest["parents"][-1]["in_chain"] = True
+    path.write_text(json.dumps(manifest))
+    assert list(read_run(run)) == ["sft", "reward", "ppo"]
+
+
+def test_a_kill_inside_a_character_leaves_the_last_row_out(tmp_path: Path) -> None:
+    whole = json.dumps({"response": "caf\u00e9"}, ensure_ascii=False).encode()
+    cut = whole[: whole.index(b"\xa9")]
+    assert cut.endswith(b"\xc3")
+    (tmp_path / "samples.jsonl").write_bytes(whole + b"\n" + cut)
+    assert _read_rows(tmp_path / "samples.jsonl") == [{"response": "caf\u00e9"}]
 
 
 def test_wrong_places_are_named(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def trained(make: MakeBase, folder: Path) -> RewardModel:
 def saved(make: MakeBase, folder: Path) -> tuple[RewardModel, Path]:
     make().save_pretrained(folder / "base")
     model = trained(make, folder)
-    model.save(folder / "reward", str(folder / "base"))
+    model.save(folder / "reward", str(folder / "base"), None)
     return model, folder / "reward"
 
 
@@ -239,7 +239,7 @@ def test_a_bfloat16_base_keeps_a_float32_head(tmp_path: Path) -> None:
     model = new_reward_model(tiny.llama().bfloat16(), ADAPTER, folder, seed=3)
     assert model.head.weight.dtype == torch.float32
     assert model(*padded("right", 0)).dtype == torch.float32
-    model.save(tmp_path / "reward", "base")
+    model.save(tmp_path / "reward", "base", None)
     assert torch.equal(load_score_head(tmp_path / "reward").weight, model.head.weight)
 
 

@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from align import stages
 from align.errors import ParentError
 from align.recipe import Recipe, StageName
+from pipelines.stage import StageJob, _parent_facts
 from tests.finished import edit_manifest, finish, placeholder, unfinish
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,14 +44,17 @@ def finish_all(whole: Recipe) -> None:
     for stage in STAGES:
         directory = placeholder(stages.stage_directory(whole, stage), stage)
         parents = stages.read_parents(whole, stage)
+        others = stages.read_reward_models(whole, stage)
+        made_from = [(name, f"../{name}", made, True) for name, made in parents.items()]
+        made_from += [("reward", f"../../../{n}", made, False) for n, made in others.items()]
         finish(
             directory,
             stage,
             recipe_sha256=stages.recipe_sha256(whole, stage),
             inputs_sha256=stages.inputs_sha256(whole, stage, parents),
             parents=tuple(
-                {"stage": name, "path": f"../{name}", "sha256": parent.outputs_sha256()}
-                for name, parent in parents.items()
+                {"stage": name, "path": path, "sha256": made.outputs_sha256(), "in_chain": chain}
+                for name, path, made, chain in made_from
             ),
         )
 
@@ -79,7 +85,7 @@ def test_another_runs_reward_model_is_an_input_of_ppo_and_evaluation(
     assert stale(whole) == []
     placeholder(Path("other/reward"), "reward", "trained again")
     assert stale(whole) == ["ppo", "evaluate"]
-    assert stages.why_not_done(whole, "ppo") == "its data or other input files have changed"
+    assert stages.why_not_done(whole, "ppo") == "its parent reward has changed"
     placeholder(Path("other/reward"), "reward")
     assert stale(whole) == []
     unfinish(Path("other/reward"))
@@ -123,6 +129,24 @@ def test_where_the_models_lie_does_not_decide_what_evaluation_found(home: Path) 
     moved = recipe([{"model": "reward"}, {"model": "elsewhere/reward", "weight": 0.5}])
     parents = stages.read_parents(moved, "evaluate")
     assert stages.inputs_sha256(moved, "evaluate", parents) == before
+    heavier = recipe([{"model": "reward"}, {"model": "elsewhere/reward", "weight": 0.6}])
+    assert stages.inputs_sha256(heavier, "evaluate", parents) != before
+
+
+def test_what_was_read_in_the_beginning_holds(home: Path) -> None:
+    """A reward model that is redone or removed during a training does not change its record."""
+    whole = recipe(BOTH)
+    finish_all(whole)
+    before = json.loads(Path("runs/x/ppo/stage.json").read_text())["inputs_sha256"]
+    parents, models = stages.read_parents(whole, "ppo"), stages.read_reward_models(whole, "ppo")
+    job = StageJob(whole, "ppo", Path("runs/x/ppo"), parents, {}, Console(), models)
+    made_from = models["other/reward"].outputs_sha256()
+    shutil.rmtree("other")
+    assert stages.inputs_sha256(whole, "ppo", parents, job.reward_models) == before
+    *chain, other = _parent_facts(job)
+    assert [(fact.stage, fact.in_chain) for fact in chain] == [("sft", True), ("reward", True)]
+    assert (other.stage, other.in_chain, other.sha256) == ("reward", False, made_from)
+    assert other.path == "../../../other/reward"
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,8 @@ def test_both_engines_give_the_same_numbers_and_gradients(make_base, folders, ba
     ours, theirs = gradients(native, batch), gradients(hf, batch)
     assert len(ours) > 8
     for name, gradient in theirs.items():
-        assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
+        largest = float(gradient.abs().max())
+        assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5 * max(1.0, largest))
     for mine, expected in zip(everything(native, batch), everything(hf, batch), strict=True):
         for a, b in zip(mine, expected, strict=True):
             assert_close(a, b, rtol=0, atol=1e-5)

@@ -14,11 +14,11 @@ from align.functions import Chat
 from align.sequences import join
 from data.load import LoadedData
 from data.records import Prompt
-from pipelines import probe
+from pipelines import probe, scoring
 from pipelines.load_roles import LoadedRoles
 from pipelines.probe import Probe
 from pipelines.rollout import as_chat
-from pipelines.scoring import RewardScorer, heldout_scorer, ppo_scorer, reward_roles
+from pipelines.scoring import RewardScorer, ppo_scorer, reward_roles
 from tests.finished import edit_manifest
 from tests.reward_world import (
     PROMPTS,
@@ -131,11 +131,10 @@ def test_the_held_out_reward_is_no_part_of_the_score(world: World, heldout: str)
     Path("rewards.py").write_text("def size(prompts, responses): return map(len, responses)\n")
     job, loaded = start(world, "model", heldout)
     assert job.recipe.ppo is not None
-    assert ask(ppo_scorer(job, job.recipe.ppo, loaded), loaded) == close(plain_own("x", loaded))
-    scorer = heldout_scorer(job, job.recipe.ppo, loaded)
-    assert scorer is not None
+    scorer = ppo_scorer(job, job.recipe.ppo, loaded)
+    assert ask(scorer, loaded) == close(plain_own("x", loaded))
     with torch.no_grad():
-        found = ask(scorer, loaded)  # type: ignore[arg-type]
+        found = ask(scorer.heldout, loaded)  # type: ignore[arg-type]
     expected = {
         "runs/far/reward": lambda: plain_far("far"),
         "runs/other/reward": lambda: plain_own("other", loaded),
@@ -156,7 +155,7 @@ def test_the_probe_shows_the_held_out_reward_and_what_each_source_gave(
     monkeypatch.setattr(job, "sample", samples.extend)
     look = Probe(job, loaded, ppo_scorer(job, job.recipe.ppo, loaded))
     monkeypatch.setattr(probe, "collect", answer)
-    metrics = look.look(step=3)
+    metrics, _ = look.look(step=3)
 
     expected = plain_far("far")
     assert metrics["probe/heldout_reward"] == pytest.approx(statistics.mean(expected), abs=1e-5)
@@ -183,6 +182,10 @@ def answer(
         prompts=chats,
         responses=RESPONSES,
         scores=torch.cat(parts),
+        ended=torch.ones(3, dtype=torch.bool),
+        mask=torch.ones(3, 1, dtype=torch.bool),
+        kl=torch.zeros(3, 1),
+        last_values=None,
         metrics=lambda: dict.fromkeys(names, 0.0),
     )
 
@@ -190,7 +193,28 @@ def answer(
 def test_without_a_held_out_reward_there_is_none(world: World) -> None:
     job, loaded = start(world, "model")
     assert job.recipe.ppo is not None
-    assert heldout_scorer(job, job.recipe.ppo, loaded) is None
+    assert ppo_scorer(job, job.recipe.ppo, loaded).heldout is None
+
+
+def test_a_held_out_model_shares_the_base_of_one_that_is_trained_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[Sequence[Path]] = []
+    load = scoring.load_foreign_rewards
+
+    def counted(recipe: Any, folders: Sequence[Path], *rest: Any, **more: Any) -> Any:
+        loads.append(folders)
+        return load(recipe, folders, *rest, **more)
+
+    monkeypatch.setattr(scoring, "load_foreign_rewards", counted)
+    job, loaded = start(world, [{"model": "runs/far/reward"}], "runs/farther/reward")
+    assert job.recipe.ppo is not None
+    scorer = ppo_scorer(job, job.recipe.ppo, loaded)
+    assert loads == [[Path("runs/far/reward"), Path("runs/farther/reward")]]
+    assert ask(scorer, loaded) == close(plain_far("far"))
+    with torch.no_grad():
+        found = ask(scorer.heldout, loaded)  # type: ignore[arg-type]
+    assert found == close(plain_far("farther"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """From scores to advantages: scaling, penalties, the one place of the KL, truncated responses."""
 
-import json
 import math
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ from torch.testing import assert_close
 
 from align.errors import TrainingError
 from align.recipe_ppo import Ppo, RewardScaling
-from pipelines.shaping import ScoreScaler, estimate, split_kl_coef
+from pipelines.shaping import ScoreScaler, estimate, outcome, split_kl_coef, worth
 
 SETTINGS = {
     "lr": 1e-3,
@@ -180,18 +179,6 @@ def test_t25_running_statistics_are_those_of_all_rollouts_so_far():
         assert_close(running.scale(scores), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["none", "sft", "running"])
-def test_t25_statistics_survive_a_resume(mode):
-    through, before = scaler(mode, clip=2.0), scaler(mode, clip=2.0)
-    for seed in range(2):
-        through.scale(random(6, seed=seed))
-        before.scale(random(6, seed=seed))
-    after = scaler(mode, clip=2.0)
-    after.restore(json.loads(json.dumps(before.state())))
-    scores = random(6, seed=2)
-    assert torch.equal(after.scale(scores), through.scale(scores))
-
-
 def test_scores_are_cut_after_scaling_and_the_metrics_say_so():
     # mean 0, standard deviation 2
     r = rollout(scores=(2.0, -2.0, 2.0, -2.0))
@@ -231,3 +218,23 @@ def test_t27_the_missing_eos_penalty_comes_after_scaling(mode, expected):
     known.scale(torch.tensor([5.0, 1.0, 5.0, 1.0]))
     result = estimate(rollout(scores=(5.0, 1.0, 5.0, 4.0)), penalised, 0.0, known)
     assert first_returns(result) == pytest.approx([1.0, -1.0, 1.0, expected], abs=1e-5)
+
+
+# What a policy is worth is what PPO maximises: the sum of a response's rewards.
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"missing_eos": {"mode": "subtract", "value": 3.0}},
+        {"missing_eos": {"mode": "replace", "value": -1.0}},
+        {"bootstrap_truncated": True},
+    ],
+    ids=str,
+)
+def test_worth_is_the_mean_of_what_the_responses_are_paid(changes):
+    whole = section(reward_scaling={"mode": "running", "clip": 1.2}, **changes)
+    seen = rollout(last_values=random(4, seed=3), kl=random(4, 5) - random(4, 5, seed=1))
+    known = ScoreScaler(whole.reward_scaling)
+    # With gamma and lambda 1 the first return is the sum of all rewards, and of what follows.
+    paid = first_returns(estimate(seen, whole, 0.3, known))
+    assert worth(outcome(seen), whole, 0.3, known) == pytest.approx(sum(paid) / 4, abs=1e-5)

@@ -19,7 +19,8 @@ from data.records import Message
 
 ROOT = Path(os.environ.get("ALIGN_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 pytestmark = pytest.mark.skipif(
-    not ROOT.is_dir(), reason=f"no data at {ROOT}; set ALIGN_SHARED_DATA to its folder"
+    not ROOT.is_dir(),
+    reason=f"no published data sets at {ROOT}; ALIGN_SHARED_DATA names their folder",
 )
 
 STAGE = {"pretrain": "pretrain", "sft": "sft", "reward": "reward", "prompts": "ppo"}
@@ -234,8 +235,8 @@ def test_rows_that_are_malformed_are_named():
     # The answers that are the boolean true, upstream idx 157 to 164.
     assert [line.split(":")[1] for line in lines[1:-1]] == ["99", "100", "101", "103", "104", "106"]
     assert lines[1] == (
-        "  prefs_other/pandalm/train.json:99: response1: got the boolean true, expected a string;"
-        " correct or remove the row"
+        "  prefs_other/pandalm/train.json:99: response1: got the boolean true,"
+        " expected text or a list of {role, content}; correct or remove the row"
     )
 
 

@@ -1,12 +1,14 @@
 """The stage graph, and when a finished stage has to be done again."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 import align
-from align import stages
+from align import fingerprints, stages
 from align.errors import DataError, ParentError
+from align.fingerprints import module_file
 from align.manifest import BaseFacts, Manifest, ParentFacts, sha256_outputs, write_manifest
 from align.recipe import Recipe, StageName
 
@@ -147,6 +149,9 @@ def test_a_moved_tree_is_still_done(done: Path) -> None:
         ({"adapter__r": 4}, ["sft", "reward", "ppo"]),
         ({"seed": 3}, list(stages.STAGES)),
         ({"evaluate__gold": "data.judge:gold"}, ["ppo", "evaluate"]),
+        ({"evaluate__category": "data.judge:category"}, ["evaluate"]),
+        ({"ppo__reward": ({"model": "reward", "weight": 2.0},)}, ["ppo", "evaluate"]),
+        ({"run__threads": 1}, []),
         ({"tracking__mode": "disabled"}, []),
         ({"data__prompts__train": ({"world": "prompts", "rows": 3},)}, ["ppo", "evaluate"]),
     ],
@@ -206,6 +211,116 @@ def test_a_changed_reward_function_file_makes_ppo_stale(done: Path) -> None:
     assert stages.why_not_done(by_function, "ppo") == FILES_CHANGED
 
 
+def test_an_empty_evaluate_section_does_not_make_ppo_stale(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some text\n")
+    without = recipe(tmp_path, evaluate=None)
+    for stage in stages.STAGES[:4]:
+        finish(without, stage)
+    assert stale(recipe(tmp_path)) == ["evaluate"]
+
+
+def test_a_reward_function_in_a_module_is_an_input(
+    done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(done)
+    package = done / "mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('imported')")
+    for place, name in ((done / "rewards.py", "rewards"), (package / "rewards.py", "mine.rewards")):
+        place.write_text("def f(prompts, responses): ...")
+        by_function = recipe(done, ppo__reward=f"{name}:f")
+        finish(by_function, "ppo")
+        finish(by_function, "evaluate")
+        assert stale(by_function) == []
+        place.write_text("def f(prompts, responses): return []")
+        assert stale(by_function) == ["ppo", "evaluate"]
+        assert stages.why_not_done(by_function, "ppo") == FILES_CHANGED
+
+
+def test_a_module_is_found_where_a_stage_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The working directory comes last, however Python was started."""
+    here, installed = tmp_path / "here", tmp_path / "installed"
+    for folder in (here, installed):
+        folder.mkdir()
+        (folder / "rewards_of_mine.py").touch()
+    monkeypatch.chdir(here)
+    for path in (["", str(installed)], [str(here), str(installed)], [str(installed)]):
+        monkeypatch.setattr(sys, "path", path)
+        assert module_file("rewards_of_mine") == installed / "rewards_of_mine.py"
+    monkeypatch.setattr(sys, "path", [])
+    assert module_file("rewards_of_mine") == here / "rewards_of_mine.py"
+    assert [module_file(name) for name in ("nowhere", "rewards_of_mine.x", "data.judge")] == [
+        None
+    ] * 3
+
+
+def test_a_category_file_is_no_input_of_ppo(done: Path) -> None:
+    file = done / "category.py"
+    file.write_text("def f(prompts): ...")
+    judged = recipe(done, evaluate__category=f"{file}:f")
+    assert stages.named_files(judged, "ppo") == []
+    assert stages.named_files(judged, "evaluate") == [file]
+
+
+@pytest.mark.parametrize("key", ["base", "tokenizer"])
+def test_a_folder_with_a_model_is_an_input(tmp_path: Path, key: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "text.txt").write_text("some text\n")
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    changes: dict[str, object] = {f"{key}__id": str(folder), "tokenizer__vocab_size": None}
+    if key == "base":
+        changes["pretrain"] = None
+    local = recipe(tmp_path, **changes)
+    made = stages.planned_stages(local)
+    for stage in made:
+        finish(local, stage)
+    read = [stage for stage in made if stage != "evaluate" or key == "base"]
+
+    def redone() -> list[str]:
+        return [stage for stage in made if stages.why_not_done(local, stage) is not None]
+
+    assert redone() == []
+    (folder / "README.md").write_text("nothing to load")
+    assert redone() == []
+    (folder / "model.safetensors").write_bytes(b"Weights")
+    assert redone() == read
+    (folder / "model.safetensors").write_bytes(b"weights")
+    assert redone() == []
+    (folder / "tokenizer.json").write_text("{}")
+    assert redone() == read
+
+
+def test_large_weights_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprints, "_WHOLE", 1000)
+    file = tmp_path / "model.safetensors"
+    content = bytearray(3 * 2**20)
+    file.write_bytes(content)
+    hashes = {fingerprints.folder_sha256(tmp_path)}
+    # The header's end, the last byte, and a change all over.
+    for place in (2**20 - 1, 3 * 2**20 - 1, slice(2**20, None, 1000)):
+        changed = bytearray(content)
+        changed[place] = b"x" * len(range(len(content))[place]) if isinstance(place, slice) else 1
+        file.write_bytes(changed)
+        hashes.add(fingerprints.folder_sha256(tmp_path))
+    file.write_bytes(content + b"x")
+    hashes.add(fingerprints.folder_sha256(tmp_path))
+    assert len(hashes) == 5
+
+
+def test_the_revision_of_a_hub_data_set_counts(done: Path) -> None:
+    def prompts(name: str) -> Recipe:
+        return recipe(done, data__prompts__train=({"hub": name},))
+
+    for stage in ("ppo", "evaluate"):
+        finish(prompts("org/set@v1"), stage)  # type: ignore[arg-type]
+    assert stale(prompts("org/set@v1")) == []
+    assert stale(prompts("org/set@v2")) == ["ppo", "evaluate"]
+
+
 def test_a_missing_output_makes_its_stage_stale(done: Path) -> None:
     (stages.stage_directory(recipe(done), "reward") / "model" / "w").unlink()
     assert stages.why_not_done(recipe(done), "reward") == "its output model/w is missing"
@@ -237,3 +352,30 @@ def test_a_base_that_can_only_be_a_folder_has_to_be_one(tmp_path: Path, base: st
     changed = changed.model_copy(update={"base": changed.base.model_copy(update={"id": base})})
     with pytest.raises(DataError, match=f"base.id={base}: no such folder"):
         stages.named_files(changed, "sft")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("base__gradient_checkpointing", True),
+        ("pretrain__micro_batch_size", 1),
+        ("sft__micro_batch_size", 1),
+        ("sft__log_every", 3),
+        ("reward__micro_batch_size", 1),
+        ("ppo__micro_batch_size", 1),
+        ("ppo__max_tokens_per_microbatch", 100),
+        ("ppo__rollout__batch_size", 1),
+    ],
+)
+def test_what_only_moves_memory_or_the_log_redoes_nothing(
+    done: Path, key: str, value: object
+) -> None:
+    assert stale(recipe(done, **{key: value})) == []
+
+
+def test_with_plain_transformers_the_batches_of_sampling_decide_its_result(done: Path) -> None:
+    hashes = {
+        stages.recipe_sha256(recipe(done, ppo__rollout={"engine": "hf", "batch_size": rows}), "ppo")
+        for rows in (1, 2)
+    }
+    assert len(hashes) == 2

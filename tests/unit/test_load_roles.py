@@ -1,0 +1,104 @@
+"""The roles as they come from the folders of finished stages."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from align.recipe import Recipe, TokenizerSection
+from align.sequences import join
+from data.load import LoadedData
+from data.tokenizer import prepare_tokenizer
+from pipelines import load_roles as loading
+from pipelines import ppo, pretrain, reward_model
+from pipelines.load_roles import load_roles
+from pipelines.stage import Console, StageJob
+from tests import tiny
+from tests.adapters import sft_adapter
+
+SOURCE = {"train": [{"world": "prompts"}]}
+
+
+class Stop(Exception):
+    """Ends a stage where it has been seen enough of."""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> StageJob:
+    """A job whose sft stage lies there, on a base in bfloat16 that trusts remote code."""
+    tiny.llama().save_pretrained(tmp_path / "base")
+    model = sft_adapter(tiny.llama(), tmp_path / "runs/x/sft/model")
+    prepare_tokenizer(tiny.tokenizer(), TokenizerSection()).save_pretrained(model)
+    recipe = Recipe.model_validate(
+        {
+            "name": "x",
+            "base": {"id": str(tmp_path / "base"), "dtype": "bfloat16", "trust_remote_code": True},
+            "tokenizer": {"id": "org/theirs"},
+            "data": {"sft": SOURCE, "reward": SOURCE, "prompts": SOURCE}
+            | {"max_prompt_tokens": 32, "max_response_tokens": 32},
+            "sft": {"lr": 0.1, "batch_size": 2},
+            "reward": {"lr": 0.1, "batch_size": 2, "center_on": "none"},
+            "ppo": {"lr": 0.1, "batch_size": 4, "minibatch_size": 2, "steps": 1}
+            | {"max_new_tokens": 8, "layout": "separate"},
+            "run": {"root": str(tmp_path / "runs")},
+        }
+    )
+    job = StageJob(recipe, "ppo", tmp_path / "runs/x/ppo", {}, {}, Console(quiet=True))
+    job.parents["sft"] = None  # type: ignore[assignment]
+    return job
+
+
+def load(job: StageJob, monkeypatch: pytest.MonkeyPatch) -> loading.LoadedRoles:
+    monkeypatch.setattr(StageJob, "check_origin", lambda *_: None)
+    sft = job.parent_folder("sft") / "model"
+    folders = {"policy": sft, "reference": sft}
+    return load_roles(job, folders, max_new_tokens=8, own_models=("policy",), trainable=("policy",))
+
+
+def test_an_adapter_is_merged_in_float32_whatever_the_base_is_in(
+    job: StageJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(job, monkeypatch)
+    exact = PeftModel.from_pretrained(
+        tiny.llama().bfloat16().float(), job.parent_folder("sft") / "model"
+    ).merge_and_unload()
+    policy = loaded.roles.model("policy").state_dict()
+    for name, tensor in exact.state_dict().items():
+        torch.testing.assert_close(policy[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_step_0_agrees_with_a_reference_on_a_base_in_bfloat16(
+    job: StageJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roles = load(job, monkeypatch).roles
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 300, (16, 20), generator=generator).tolist()
+    batch = join([row[:8] for row in ids], [row[8:] for row in ids])
+    with torch.no_grad():
+        kl = roles.logprobs("policy", batch) - roles.logprobs("reference", batch)
+    allowed = ppo._reference_tolerance(roles, ppo._TOLERANCE["bfloat16"])
+    assert 0 < float(kl.abs().max()) < allowed
+
+
+def test_the_tokenizers_of_all_stages_trust_what_the_base_is_trusted_with(
+    job: StageJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusted = []
+
+    def from_pretrained(location: object, **settings: object) -> None:
+        trusted.append(settings.get("trust_remote_code"))
+        raise Stop
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    job.data["prompts"] = LoadedData((), (), ())
+    monkeypatch.setattr(reward_model, "recipe_base_facts", lambda _: None)
+    for read in (
+        lambda: load(job, monkeypatch),
+        lambda: reward_model.run(job),
+        lambda: pretrain._tokenizer(job.recipe, ()),
+    ):
+        with pytest.raises(Stop):
+            read()
+    assert trusted == [True] * 3
