@@ -10,7 +10,6 @@ says what they were made from and what was measured.
 import argparse
 import json
 import os
-import signal
 import sys
 import tempfile
 import traceback
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 import align
-from align.errors import AlignError, InputError, ParentError
+from align.errors import AlignError, InputError, ParentError, stopped_by
 from align.manifest import Manifest, read_manifest, sha256_file, sha256_outputs
 from align.recipe import StageName
 from align.recipe_io import load_recipe
@@ -258,13 +257,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seed_generators(request.job.recipe)
             export(request)
         except Stopped as stopped:
-            name = signal.Signals(stopped.signum).name
-            print(f"export: stopped by {name}; nothing was written", file=sys.stderr)
+            print(f"export: {stopped_by(stopped.signum)}", file=sys.stderr)
             return 128 + stopped.signum
         except (AlignError, OSError) as error:
             if options.debug:
                 traceback.print_exc()
-            print(f"error: {error}", file=sys.stderr)
+            print(f"export: {error}", file=sys.stderr)
             return error.exit_code if isinstance(error, AlignError) else 1
     return 0
 
