@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from align import models
 from align.manifest import read_manifest
 from align.recipe import StageName
 from pipelines import ppo, reward_model, sft, stage
@@ -145,7 +146,8 @@ def test_the_trained_model_is_gone_when_the_saved_one_is_loaded(
         loaded.append(weakref.ref(model.base_model.layers[0].self_attn.q_proj.weight))
         return model
 
-    monkeypatch.setattr(module, "load_causal_lm", load_alone)
+    for place in (module, models):
+        monkeypatch.setattr(place, "load_causal_lm", load_alone)
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     run(tmp_path, "llama2-7b/qlora", name, "--force")
     assert len(loaded) == 2
