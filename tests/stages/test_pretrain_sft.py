@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from align import models
 from align.generation import Generated, generate
 from align.manifest import BaseFacts, read_manifest
 from align.models import base_location, load_causal_lm
@@ -180,7 +181,8 @@ def small_stage(monkeypatch, tmp_path, **section):
     path = write(tmp_path, base={"id": "unused"}, pretrain=None, tokenizer={})
     overrides = [f"sft.{key}={value}" for key, value in ({"epochs": 1} | section).items()]
     recipe = load_recipe(str(path), overrides)
-    monkeypatch.setattr(sft, "load_causal_lm", lambda *_: tiny.llama())
+    for place in (sft, models):
+        monkeypatch.setattr(place, "load_causal_lm", lambda *_: tiny.llama())
     monkeypatch.setattr(sft, "base_config", lambda *_: tiny.llama().config)
     monkeypatch.setattr(
         sft, "recipe_base_facts", lambda *_: BaseFacts(id="b", revision="0123abcd", sha256="")
@@ -502,8 +504,8 @@ class TestRefusals:
                 "default"
             ].weight.data -= 1
 
-        save = sft.save_adapter
-        monkeypatch.setattr(sft, "save_adapter", save_wrong)
+        save = sft.save_trained
+        monkeypatch.setattr(sft, "save_trained", save_wrong)
         assert run("sft", copy / "recipe.yaml", "sft.epochs=1") == 1
         assert "does not load as what was trained" in capsys.readouterr().err
         assert not (copy / "runs/tiny/sft/stage.json").exists()

@@ -133,6 +133,8 @@ def test_it_learns_and_says_how_well(root: Path) -> None:
         "accuracy/longer_wins",
         "accuracy/train",
         "margin/mean",
+        "trained/parameters",
+        "trained/share",
     }
     assert metrics["accuracy"] > 0.9
     assert metrics["accuracy/train"] > 0.9
