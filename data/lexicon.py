@@ -6,6 +6,7 @@ and foods are single words that both splits share.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 Split = Literal["train", "heldout"]
@@ -111,6 +112,7 @@ def unsure(relation: Relation) -> str:
     return f"I don't know {what[relation]}."
 
 
+@cache  # asked for with every scene
 def names(split: Split) -> tuple[str, ...]:
     """Return the people of a split; one name in ten is held out."""
     return tuple(

@@ -2,12 +2,13 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from align.errors import DataError
 from align.manifest import DataFacts
-from align.recipe import Recipe, Source, StageName
+from align.recipe import Recipe, Source, StageData, StageName
 from align.stages import source_fingerprint, stage_data
 from data.conversations import Dropped, Fault
 from data.records import (
@@ -61,6 +62,11 @@ class _SourceRows:
     faults: list[str]
 
 
+# (file:row, the record or why there is none); a reader is called with a source, its place and id.
+_Row = tuple[str, Record | Dropped | Fault]
+_Reader = Callable[[Source, str, str], Iterable[_Row]]
+
+
 def load_records(recipe: Recipe, stage: StageName) -> dict[str, LoadedData]:
     """Read the data of a stage: ``{"pretrain" | "sft" | "reward" | "prompts": LoadedData}``.
 
@@ -73,35 +79,32 @@ def load_records(recipe: Recipe, stage: StageName) -> dict[str, LoadedData]:
             them are counted, the first 20 listed); a source drops more rows than
             ``data.max_dropped``; or it cannot give what the stage needs.
     """
-    loaded = {}
-    faults: list[str] = []
-    for section, data in stage_data(recipe, stage).items():
-        parts: dict[str, list[Record]] = {"train": [], "heldout": []}
-        facts = []
-        for part, sources in (("train", data.train), ("heldout", data.heldout)):
-            for i, source in enumerate(sources):
-                place = f"data.{section}.{part}[{i}]"
-                fingerprint = source_fingerprint(recipe, source)
-                found = _load_source(recipe, source, section, place, fingerprint["id"])
-                faults += _report_faults(recipe, found.faults)
-                parts[part] += found.records
-                kept = len(found.records)
-                facts.append(
-                    DataFacts(
-                        **fingerprint, rows=found.rows, kept=kept, dropped=dict(found.dropped)
-                    )
-                )
-                if recipe.data.bad_rows == "drop" or not found.faults:
-                    _check_dropped(recipe, place, fingerprint["id"], found)
-        train, heldout = tuple(parts["train"]), tuple(parts["heldout"])
-        loaded[section] = LoadedData(train, heldout, tuple(facts))
-    if faults:
-        raise DataError(
-            f"{_listed(faults)}\ncorrect them, or set data.bad_rows=drop to go on without them"
-        )
+    loaded = _load_sections(recipe, stage_data(recipe, stage), partial(_read_rows, recipe), _print)
     for section, records in loaded.items():
         _remark(section, records)
     return loaded
+
+
+def check_records(recipe: Recipe, stages: Iterable[StageName]) -> None:
+    """Judge the rows of several stages as ``load_records`` will, each source read once; silent.
+
+    Raises:
+        DataError: as for ``load_records``, with the malformed rows of all the stages.
+    """
+    sections = {name: data for stage in stages for name, data in stage_data(recipe, stage).items()}
+    # The built-in world cannot be malformed: one row of a kind tells whether a section can use it.
+    sizes = ("text_rows", "demonstration_rows", "ranked_prompts", "prompt_rows", "heldout_rows")
+    world = recipe.data.world.model_copy(update=dict.fromkeys(sizes, 1))
+    brief = recipe.model_copy(update={"data": recipe.data.model_copy(update={"world": world})})
+    known: dict[str, list[_Row]] = {}
+
+    def read(source: Source, place: str, name: str) -> Iterable[_Row]:
+        key = source.model_dump_json()
+        if key not in known:
+            known[key] = list(_read_rows(brief, source, place, name))
+        return known[key]
+
+    _load_sections(recipe, sections, read, lambda text: None)
 
 
 def duplicates(records: Iterable[Record]) -> int:
@@ -115,16 +118,51 @@ def shared_prompts(train: Iterable[Record], heldout: Iterable[Record]) -> int:
     return sum(_prompt_of(record) in known for record in heldout)
 
 
-def _load_source(
-    recipe: Recipe, source: Source, section: str, place: str, name: str
-) -> _SourceRows:
+def _load_sections(
+    recipe: Recipe, sections: Mapping[str, StageData], read: _Reader, say: Callable[[str], None]
+) -> dict[str, LoadedData]:
+    loaded = {}
+    faults: list[str] = []
+    for section, data in sections.items():
+        parts: dict[str, list[Record]] = {"train": [], "heldout": []}
+        facts = []
+        for part, sources in (("train", data.train), ("heldout", data.heldout)):
+            for i, source in enumerate(sources):
+                place = f"data.{section}.{part}[{i}]"
+                fingerprint = source_fingerprint(recipe, source)
+                name = fingerprint["id"]
+                found = _convert_rows(read(source, place, name), section, place, name)
+                parts[part] += found.records
+                kept = len(found.records)
+                facts.append(
+                    DataFacts(
+                        **fingerprint, rows=found.rows, kept=kept, dropped=dict(found.dropped)
+                    )
+                )
+                if found.faults and recipe.data.bad_rows == "refuse":
+                    faults += found.faults
+                    continue
+                if found.faults:
+                    say(_listed(found.faults))
+                _check_dropped(recipe, place, name, found, say)
+        train, heldout = tuple(parts["train"]), tuple(parts["heldout"])
+        loaded[section] = LoadedData(train, heldout, tuple(facts))
+    if faults:
+        faults = list(dict.fromkeys(faults))  # two sections may hold the same file
+        raise DataError(
+            f"{_listed(faults)}\ncorrect them, or set data.bad_rows=drop to go on without them"
+        )
+    return loaded
+
+
+def _convert_rows(rows: Iterable[_Row], section: str, place: str, name: str) -> _SourceRows:
     dropped: Counter[str] = Counter()
     faults: list[str] = []
     kept: list[Record] = []
     unfit: Counter[type] = Counter()
-    rows = 0
-    for origin, result in _results(recipe, source, place, name):
-        rows += 1
+    total = 0
+    for origin, result in rows:
+        total += 1
         record = result if isinstance(result, Exception) else _convert(result, section)
         if isinstance(record, Dropped):
             dropped[record.reason] += 1
@@ -143,7 +181,7 @@ def _load_source(
         raise DataError(f"{place} ({name}) holds {held}; the {stage} stage needs {_NEEDS[section]}")
     if faults:
         dropped[INVALID] += len(faults)
-    return _SourceRows(kept, rows, dropped, faults)
+    return _SourceRows(kept, total, dropped, faults)
 
 
 class _Unfit(Exception):
@@ -154,10 +192,7 @@ class _Unfit(Exception):
         self.kind = kind
 
 
-def _results(
-    recipe: Recipe, source: Source, place: str, name: str
-) -> Iterator[tuple[str, Record | Dropped | Fault]]:
-    """Yield ``(file:row, record or why there is none)`` for every row of the source."""
+def _read_rows(recipe: Recipe, source: Source, place: str, name: str) -> Iterator[_Row]:
     if source.world is not None:
         records = world_records(recipe.data.world, source.world, source.split)
         for number, record in enumerate(records[: source.rows], start=1):
@@ -187,7 +222,9 @@ def _convert(record: Record, section: str) -> Record | _Unfit:
     return _Unfit(type(record))
 
 
-def _check_dropped(recipe: Recipe, place: str, name: str, found: _SourceRows) -> None:
+def _check_dropped(
+    recipe: Recipe, place: str, name: str, found: _SourceRows, say: Callable[[str], None]
+) -> None:
     total = found.dropped.total()
     if not total:
         return
@@ -201,16 +238,7 @@ def _check_dropped(recipe: Recipe, place: str, name: str, found: _SourceRows) ->
             f"{counts}; that is {share:.2%}, more than data.max_dropped={recipe.data.max_dropped}"
             " allows; correct the file, or raise data.max_dropped to go on without these rows"
         )
-    _print(counts)
-
-
-def _report_faults(recipe: Recipe, faults: list[str]) -> list[str]:
-    """Return the faults to refuse the stage for; print those of rows that may be dropped."""
-    if recipe.data.bad_rows == "refuse":
-        return faults
-    if faults:
-        _print(_listed(faults))
-    return []
+    say(counts)
 
 
 def _listed(faults: list[str]) -> str:

@@ -71,6 +71,19 @@ def stage_command(
     return Command(command.argv, command.env | memory)
 
 
+def check_data_command(
+    python: Python,
+    stages: Sequence[StageName],
+    recipe: Path,
+    overrides: Sequence[str] = (),
+    *,
+    debug: bool = False,
+) -> Command:
+    """Return the process that judges the rows of the stages."""
+    options = ["--stages", *stages, *["--debug"] * debug]
+    return python.module("pipelines.check_data", [str(recipe), *overrides, *options])
+
+
 def report_command(python: Python, run: Path, *, debug: bool = False) -> Command:
     """Return the process that writes a run's report."""
     return python.module("pipelines.report", [str(run), *["--debug"] * debug])

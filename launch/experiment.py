@@ -29,7 +29,14 @@ from align.stages import (
     why_not_done,
 )
 from launch import processes
-from launch.command import Command, Python, export_command, report_command, stage_command
+from launch.command import (
+    Command,
+    Python,
+    check_data_command,
+    export_command,
+    report_command,
+    stage_command,
+)
 from launch.packages import ROOT
 
 REPORT = "report.html"
@@ -187,7 +194,7 @@ def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
             run directory cannot be written.
     """
     settings = experiment.settings
-    for stage in stages:
+    for number, stage in enumerate(stages):
         # Asked only now: a stage is stale as soon as the one before it was redone.
         why = _why(experiment, stage)
         seconds = 0.0
@@ -195,7 +202,7 @@ def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
             settings.say(f"{stage}: up to date")
         else:
             if not experiment.ran:
-                _check_inputs(experiment.recipe, stages)
+                _check_inputs(experiment, stages[number:])
             settings.say(f"{stage}: running ({why})")
             started = time.monotonic()
             _start(experiment.command(stage), sys.stderr if settings.json else None)
@@ -305,8 +312,9 @@ def _check_place(directory: Path) -> None:
     raise InputError(f"{directory}: cannot be made: {problem}; change name or run.root")
 
 
-def _check_inputs(recipe: Recipe, stages: Sequence[StageName]) -> None:
-    """Look for what every stage is given from outside before the first one starts."""
+def _check_inputs(experiment: Experiment, stages: Sequence[StageName]) -> None:
+    """Judge what every stage is given from outside before the first of them starts."""
+    recipe, settings = experiment.recipe, experiment.settings
     for stage in stages:
         named_files(recipe, stage)
         for data in stage_data(recipe, stage).values():
@@ -316,6 +324,11 @@ def _check_inputs(recipe: Recipe, stages: Sequence[StageName]) -> None:
             if getattr(recipe.run.parents, parent, None):
                 read_manifest(stage_directory(recipe, parent), parent)
         read_reward_models(recipe, stage)
+    if len(stages) > 1:  # a single one judges its own rows
+        command = check_data_command(
+            _python(), stages, experiment.file, experiment.overrides, debug=settings.debug
+        )
+        _start(command, sys.stderr if settings.json else None)
 
 
 def _start(command: Command, stdout: int | TextIO | None) -> None:

@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,17 +21,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 import align
-from align.errors import AlignError, InputError, ParentError, stopped_by
+from align.errors import AlignError, InputError, ParentError
 from align.manifest import Manifest, read_manifest, sha256_file, sha256_outputs
 from align.recipe import StageName
 from align.recipe_io import load_recipe
 from align.stages import run_directory, stage_directory
 from pipelines.process import (
-    Stopped,
+    exit_code,
     quiet_libraries,
     seed_generators,
     share_processors,
-    signals_as_exceptions,
 )
 from pipelines.run_facts import Run, read_run
 from pipelines.stage import StageJob, library_versions
@@ -249,22 +247,15 @@ def _nearest_folder(out: Path) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export one stage; return the exit code: 0 done, 1 failed, 2 bad input, 128 + n signal n."""
     options = _parser().parse_intermixed_args(arguments)
-    with signals_as_exceptions():
-        try:
-            request = prepare(options)
-            share_processors()
-            quiet_libraries()
-            seed_generators(request.job.recipe)
-            export(request)
-        except Stopped as stopped:
-            print(f"export: {stopped_by(stopped.signum)}", file=sys.stderr)
-            return 128 + stopped.signum
-        except (AlignError, OSError) as error:
-            if options.debug:
-                traceback.print_exc()
-            print(f"export: {error}", file=sys.stderr)
-            return error.exit_code if isinstance(error, AlignError) else 1
-    return 0
+    return exit_code("export", lambda: _export(options), debug=options.debug)
+
+
+def _export(options: argparse.Namespace) -> None:
+    request = prepare(options)
+    share_processors()
+    quiet_libraries()
+    seed_generators(request.job.recipe)
+    export(request)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,11 +8,12 @@ import random
 import signal
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
-from align.errors import stopped_by
+from align.errors import AlignError, stopped_by
 from align.recipe import Recipe
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -60,6 +61,25 @@ def signals_as_exceptions() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def exit_code(name: str, work: Callable[[], None], *, debug: bool) -> int:
+    """Do the work and return the exit code: 0 done, 1 failed, 2 bad input, 128 + n signal n.
+
+    What ended it is told in one line that begins with the name; debug adds the stack trace.
+    """
+    with signals_as_exceptions():
+        try:
+            work()
+        except Stopped as stopped:
+            print(f"{name}: {stopped_by(stopped.signum)}", file=sys.stderr)
+            return 128 + stopped.signum
+        except (AlignError, OSError) as error:
+            if debug:
+                traceback.print_exc()
+            print(f"{name}: {error}", file=sys.stderr)
+            return error.exit_code if isinstance(error, AlignError) else 1
+    return 0
 
 
 def share_processors() -> None:

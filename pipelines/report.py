@@ -10,7 +10,6 @@ only escaped.
 import argparse
 import sys
 import textwrap
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import align
-from align.errors import AlignError, stopped_by
 from align.manifest import find_manifest
 from align.recipe import StageName
 from pipelines import charts, results
 from pipelines.charts import COLORS, MODEL_NAMES, Line
 from pipelines.curves import CURVES, Curve
-from pipelines.process import Stopped, signals_as_exceptions
+from pipelines.process import exit_code
 from pipelines.results import decimal
 from pipelines.run_facts import Run, StageFacts, read_run
 from pipelines.samples import examples
@@ -247,18 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("--debug", action="store_true", help="show stack traces")
     options = parser.parse_args(arguments)
-    with signals_as_exceptions():
-        try:
-            print(write_report(options.run))
-        except Stopped as stopped:
-            print(f"report: {stopped_by(stopped.signum)}", file=sys.stderr)
-            return 128 + stopped.signum
-        except (AlignError, OSError) as error:
-            if options.debug:
-                traceback.print_exc()
-            print(f"report: {error}", file=sys.stderr)
-            return error.exit_code if isinstance(error, AlignError) else 1
-    return 0
+    return exit_code("report", lambda: print(write_report(options.run)), debug=options.debug)
 
 
 if __name__ == "__main__":

@@ -159,3 +159,13 @@ def test_wrong_data(tmp_path: Path, content: str | None, expected: str) -> None:
     message = refused(tmp_path, "sft", "r.yaml")
     assert expected in message
     assert message.count("error: ") <= 1
+
+
+@pytest.mark.parametrize("broken", ["sft", "prompts"])
+def test_wrong_data_of_a_later_stage(tmp_path: Path, broken: str) -> None:
+    """No stage starts: neither the one before it, nor its own."""
+    recipe = (ROOT / "pipelines" / "recipes" / "miniature" / "smoke.yaml").read_text()
+    (tmp_path / "r.yaml").write_text(recipe)
+    (tmp_path / "rows.jsonl").write_text(GOOD_ROW + GOOD_ROW[:40])
+    change = f"data.{broken}.train=[{{path: rows.jsonl}}]"
+    assert refused(tmp_path, "run", "r.yaml", change).startswith("data: rows.jsonl:2: broken JSON")

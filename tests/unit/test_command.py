@@ -6,7 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch.command import KEEP_MEMORY, Python, export_command, report_command, stage_command
+from launch.command import (
+    KEEP_MEMORY,
+    Python,
+    check_data_command,
+    export_command,
+    report_command,
+    stage_command,
+)
 
 HOUSE = Python("/env/bin/python", Path("/house"), {})
 
@@ -27,6 +34,12 @@ def test_stage_command() -> None:
     line = command.shell_line()
     assert line.startswith("PYTHONSAFEPATH=1 PYTHONPATH=/house MALLOC_")
     assert shlex.split(line)[len(command.env) :] == list(command.argv)
+
+
+def test_check_data_command() -> None:
+    command = check_data_command(HOUSE, ["sft", "ppo"], Path("r.yaml"), ["seed=7"], debug=True)
+    words = ["-m", "pipelines.check_data", "r.yaml", "seed=7", "--stages", "sft", "ppo", "--debug"]
+    assert list(command.argv[1:]) == words
 
 
 def test_report_command() -> None:

@@ -9,7 +9,8 @@ import pytest
 from align.errors import DataError
 from align.recipe import Base, Data, Recipe
 from align.recipe_adapter import Adapter
-from data.load import duplicates, load_records, shared_prompts
+from data import sources
+from data.load import check_records, duplicates, load_records, shared_prompts
 from data.records import Demonstration, Message, Prompt, Ranking, Text
 
 PAIR = {"prompt": "hi", "chosen": "a", "rejected": "b"}
@@ -46,6 +47,35 @@ def test_one_file_serves_every_stage(tmp_path):
         assert {name: data.train for name, data in loaded.items()} == {
             name: (record,) for name, record in expected.items()
         }
+
+
+def test_several_stages_are_judged_together_each_file_read_once(tmp_path, capsys, monkeypatch):
+    good = write(tmp_path, "pairs.jsonl", PAIR, PAIR, PAIR | {"chosen": "b"})
+    bad = write(tmp_path, "bad.jsonl", PAIR, PAIR | {"chosen": None})
+    prompts = write(tmp_path, "prompts.jsonl", {"prompt": "hi"}, {"prompt": 3})
+    world = {"world": "prompts"}
+    sections = {name: {"train": [good]} for name in ("pretrain", "sft", "reward")}
+    sections["prompts"] = {"train": [world]}
+    stages = ("pretrain", "sft", "reward", "ppo", "evaluate")
+    opened = []
+    read = sources.read_file
+    monkeypatch.setattr(sources, "read_file", lambda path: opened.append(path.name) or read(path))
+    check_records(recipe(tmp_path, max_dropped=0.5, **sections), stages)
+    assert opened == ["pairs.jsonl"]
+    assert capsys.readouterr() == ("", "")
+
+    sections |= {"sft": {"train": [bad]}, "reward": {"heldout": [bad], "train": [good]}}
+    sections["prompts"] = {"train": [prompts]}
+    with pytest.raises(DataError) as error:
+        check_records(recipe(tmp_path, max_dropped=0.5, **sections), stages)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "2 malformed rows:"
+    assert [line.split(": ")[0].strip() for line in lines[1:3]] == [
+        "bad.jsonl:2",
+        "prompts.jsonl:2",
+    ]
+    with pytest.raises(DataError, match="holds prompts only; the reward stage needs ranked resp"):
+        check_records(recipe(tmp_path, **sections | {"reward": {"train": [world]}}), ("reward",))
 
 
 def test_origin_and_facts(tmp_path):

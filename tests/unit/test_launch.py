@@ -64,6 +64,13 @@ write_manifest(folder, Manifest(
     wandb_id=None, started="", finished=""))
 """
 
+CHECK_DATA = """
+import os, sys
+with open("checked", "a") as file:
+    print(*sys.argv[1:], file=file)
+sys.exit(2 if os.environ.get("FAIL") == "data" else 0)
+"""
+
 REPORT = """
 import sys
 from pathlib import Path
@@ -112,6 +119,7 @@ def place(tmp_path: Path) -> Path:
     (package / "__init__.py").touch()
     shutil.copy(ROOT / "pipelines" / "process.py", package)
     (package / "stage.py").write_text(STAGE)
+    (package / "check_data.py").write_text(CHECK_DATA)
     (package / "report.py").write_text(REPORT)
     (package / "export.py").write_text(EXPORT)
     (tmp_path / "r.yaml").write_text(RECIPE)
@@ -262,6 +270,20 @@ def test_data_of_a_later_stage_is_looked_for_before_the_first_starts(place: Path
     assert "running" not in output
     assert not (place / "runs").exists()
     align(place, "sft", "r.yaml")
+
+
+def test_rows_of_all_stages_to_run_are_judged_once_before_the_first(place: Path) -> None:
+    assert align(place, "run", "r.yaml", "seed=3", code=2, FAIL="data") == ("", "")
+    assert not (place / "runs").exists()
+    align(place, "run", "r.yaml")
+    align(place, "run", "r.yaml")
+    align(place, "run", "r.yaml", "ppo.lr=2e-3", "--debug")
+    align(place, "eval", "runs/x", "--force")
+    assert (place / "checked").read_text().splitlines() == [
+        "r.yaml seed=3 --stages sft ppo evaluate",
+        "r.yaml --stages sft ppo evaluate",
+        "r.yaml ppo.lr=2e-3 --stages ppo evaluate --debug",
+    ]
 
 
 @pytest.mark.parametrize(
