@@ -73,6 +73,9 @@ class KeyValueCache:
             self.bias = self.bias[rows]
 
 
+Spans = Sequence[tuple[int, int]]  # of each text: the first position, and the one after the last
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the tokens of a forward pass belong together.
@@ -83,6 +86,26 @@ class Layout:
 
     lengths: Sequence[int] | None = None
     cache: KeyValueCache | None = None
+    wanted: Spans | None = None  # positions whose last states are read; None: all
+
+
+@dataclass(frozen=True)
+class KeysOnly:
+    """The layout of tokens of which a layer needs keys and values, and nothing else."""
+
+
+class KeysTaken(Exception):
+    """Ends a layer's pass under ``KeysOnly``; ``args`` are keys and values ``[1, heads, n, d]``."""
+
+
+@dataclass(frozen=True)
+class WantedOnly:
+    """The layout of the wanted tokens alone; the keys and values of the others are at hand."""
+
+    whole: Layout
+    keys: Tensor  # [1, heads, n, d] of the other tokens
+    values: Tensor
+    order: Tensor  # [N] where each token of the row stands in others + wanted
 
 
 def attention(
@@ -92,7 +115,7 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    layout: Layout | None = None,
+    layout: Layout | KeysOnly | WantedOnly | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each text; the signature is that of transformers' attention functions.
@@ -103,12 +126,23 @@ def attention(
 
     Returns:
         ``[1, N, heads, d]`` or ``[B, 1, heads, d]``, and None for the weights.
+
+    Raises:
+        KeysTaken: the layout asks for keys and values only.
     """
     assert layout is not None
+    spans: Spans | None = None
+    if isinstance(layout, KeysOnly):
+        raise KeysTaken(key, value)
+    if isinstance(layout, WantedOnly):
+        key = torch.cat([layout.keys, key], dim=2)[:, :, layout.order]
+        value = torch.cat([layout.values, value], dim=2)[:, :, layout.order]
+        layout = layout.whole
+        spans = layout.wanted
     if layout.lengths is not None:
         if layout.cache is not None:
             layout.cache.start(_layer(module), key, value)
-        return _packed(query, key, value, list(layout.lengths), scaling), None
+        return _packed(query, key, value, list(layout.lengths), spans, scaling), None
     assert layout.cache is not None
     keys, values = layout.cache.append(_layer(module), key, value)
     bias = layout.cache.bias
@@ -122,15 +156,34 @@ def attention(
 
 
 def _packed(
-    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    spans: Spans | None,
+    scaling: float | None,
 ) -> Tensor:
-    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    outputs = [
-        F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        ).transpose(1, 2)
-        for q, k, v in parts
-    ]
+    keys, values = key.split(lengths, dim=2), value.split(lengths, dim=2)
+    share = query.shape[1] != key.shape[1]
+    outputs = []
+    if spans is None:
+        for q, k, v in zip(query.split(lengths, dim=2), keys, values, strict=True):
+            found = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scaling, enable_gqa=share
+            )
+            outputs.append(found.transpose(1, 2))
+    else:
+        queries, start = query.split([after - first for first, after in spans], dim=2), 0
+        for q, k, v, (first, after) in zip(queries, keys, values, spans, strict=True):
+            first, end = first - start, after - start
+            seen = None
+            if end - first > 1:
+                seen = torch.ones(end - first, end, dtype=torch.bool, device=q.device).tril(first)
+            found = F.scaled_dot_product_attention(
+                q, k[:, :, :end], v[:, :, :end], attn_mask=seen, scale=scaling, enable_gqa=share
+            )
+            outputs.append(found.transpose(1, 2))
+            start += k.shape[2]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 

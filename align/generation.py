@@ -7,6 +7,7 @@ are packed, keys and values go into buffers in place, finished rows leave the ba
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -106,8 +107,10 @@ def _decode(
     cache = KeyValueCache(lengths, max_new_tokens=uniform.shape[1])
     positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
     packed = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    hidden = _states(backbone, packed[None], positions[None], Layout(lengths, cache))[0]
-    hidden = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]
+    ends = list(accumulate(lengths))
+    layout = Layout(lengths, cache, wanted=[(end - 1, end) for end in ends])
+    hidden = _states(backbone, packed[None], positions[None], layout)[0]
+    hidden = hidden[torch.tensor(ends, device=device) - 1]
     cache.finish_prompts(device, hidden.dtype)
 
     stop_ids = torch.tensor(sorted(stops), device=device)

@@ -26,10 +26,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from align import lora
 from align.adapters import WEIGHTS
-from align.attention import NAME, Layout, why_not_packed
+from align.attention import NAME, Layout, Spans, why_not_packed
 from align.errors import InputError, ParentError
 from align.functional import token_entropy, token_logprobs
 from align.generation import Engine, Generated, generate
+from align.last_layer import narrow_last_layer
 from align.logprobs import head_logprobs
 from align.models import recompute_activations
 from align.sequences import Sequences, micro_batches, position_ids
@@ -174,16 +175,22 @@ class Roles(nn.Module):
                 states.append(gate.states[0])
         return replace(sequences, trunk=torch.cat(states))
 
-    def hidden(self, role: Role, sequences: Sequences) -> Tensor:
-        """Return the last layer's hidden states under a role, ``[N, H]``, text after text."""
+    def hidden(self, role: Role, sequences: Sequences, spans: Spans) -> Tensor:
+        """Return the last hidden states under a role at some positions, ``[n, H]``.
+
+        Args:
+            spans: the positions in the row, one span per text; the last layer computes no others.
+        """
         with self.use(role) as model, _recomputing(model):
             if self.engine == "hf":
-                return _run_padded(model.base_model, sequences)
-            if sequences.trunk is None or model is not self.base:
-                return _run_packed(model.base_model, sequences)
-            assert self.trunk is not None
-            with self.trunk.upper(sequences.trunk[None]):
-                return _run_packed(model.base_model, sequences)
+                states = _run_padded(model.base_model, sequences)
+            elif sequences.trunk is None or model is not self.base:
+                states = _run_packed(model.base_model, sequences, spans)
+            else:
+                assert self.trunk is not None
+                with self.trunk.upper(sequences.trunk[None]):
+                    states = _run_packed(model.base_model, sequences, spans)
+        return torch.cat([states[first:after] for first, after in spans])
 
     def policy(
         self,
@@ -199,7 +206,7 @@ class Roles(nn.Module):
             role: which model; ``values`` only come with the policy, if the critic shares its pass.
             with_entropy: also the entropy of each choice, with its gradient.
         """
-        hidden = self.hidden(role, sequences)[sequences.before_response]
+        hidden = self.hidden(role, sequences, sequences.response_spans)
         head = self.model(role).get_output_embeddings()
         tokens, entropy = sequences.response_tokens, None
         if self.engine == "hf":
@@ -226,12 +233,13 @@ class Roles(nn.Module):
 
     def values(self, sequences: Sequences) -> Tensor:
         """Return the critic's value of the state before each response token, ``[B, R]`` float32."""
-        hidden = self.hidden(self._critic, sequences)[sequences.before_response]
+        hidden = self.hidden(self._critic, sequences, sequences.response_spans)
         return sequences.per_response(self.heads["value"](hidden))
 
     def last_values(self, sequences: Sequences) -> Tensor:
         """Return the critic's value of the state after each response's last token, ``[B]``."""
-        values: Tensor = self.heads["value"](self.hidden(self._critic, sequences)[sequences.at_end])
+        hidden = self.hidden(self._critic, sequences, sequences.end_spans)
+        values: Tensor = self.heads["value"](hidden)
         return values
 
     @property
@@ -240,7 +248,7 @@ class Roles(nn.Module):
 
     def scores(self, sequences: Sequences, role: Role = "reward") -> Tensor:
         """Return a reward model's score of each response at its last token, ``[B]`` float32."""
-        scores: Tensor = self.heads[role](self.hidden(role, sequences)[sequences.at_end])
+        scores: Tensor = self.heads[role](self.hidden(role, sequences, sequences.end_spans))
         return scores
 
     def generate(
@@ -304,18 +312,19 @@ def _prepare(model: Any, engine: Engine) -> None:
                 f"ppo.rollout.engine=native does not know this base: {reason}; allowed for it: hf"
             )
         lora.fuse(model)
+        narrow_last_layer(model.base_model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
 
 
-def _run_packed(backbone: nn.Module, sequences: Sequences) -> Tensor:
+def _run_packed(backbone: nn.Module, sequences: Sequences, wanted: Spans | None = None) -> Tensor:
     states: Tensor = backbone(
         input_ids=sequences.input_ids[None],
         position_ids=sequences.position_ids[None],
         use_cache=False,
         return_dict=True,
-        layout=Layout(lengths=sequences.lengths),
+        layout=Layout(lengths=sequences.lengths, wanted=wanted),
     ).last_hidden_state
     return states[0]
 

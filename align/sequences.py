@@ -1,15 +1,12 @@
 """Prompts and responses as one batch: packed without padding, or padded for plain transformers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
-
-# (start, prompt length, end) of a text in the row -> the first position wanted, and the one after
-# the last.
-Span = Callable[[int, int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -29,24 +26,33 @@ class Sequences:
     @cached_property
     def position_ids(self) -> Tensor:
         """Position of each token in its own text, ``[N]`` long."""
-        return self._index(lambda start, prompt, end: (0, end - start))
+        return self._index([(0, length) for length in self.lengths])
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each text begins in the row."""
+        return [0, *accumulate(self.lengths)][:-1]
+
+    @property
+    def response_spans(self) -> list[tuple[int, int]]:
+        """Of each text the positions in the row before its response tokens, from and up to."""
+        texts = zip(self.starts, self.prompt_lengths, self.lengths, strict=True)
+        return [(start + prompt - 1, start + length - 1) for start, prompt, length in texts]
+
+    @property
+    def end_spans(self) -> list[tuple[int, int]]:
+        """The position in the row of each text's last token, as a span of one."""
+        ends = accumulate(self.lengths)
+        return [(end - 1, end) for end in ends]
 
     @cached_property
     def before_response(self) -> Tensor:
         """Where the states before each response token stand in the row, text after text, long."""
-        return self._index(lambda start, prompt, end: (start + prompt - 1, end - 1))
+        return self._index(self.response_spans)
 
-    @cached_property
-    def at_end(self) -> Tensor:
-        """Where each text's last token stands in the row, ``[B]`` long."""
-        return self._index(lambda start, prompt, end: (end - 1, end))
-
-    def _index(self, span: Span) -> Tensor:
-        start, spans = 0, []
-        for prompt, length in zip(self.prompt_lengths, self.lengths, strict=True):
-            spans.append(torch.arange(*span(start, prompt, start + length)))
-            start += length
-        return torch.cat(spans).to(self.input_ids.device)
+    def _index(self, spans: Sequence[tuple[int, int]]) -> Tensor:
+        index = torch.cat([torch.arange(*span) for span in spans])
+        return index.to(self.input_ids.device)
 
     @cached_property
     def response_mask(self) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.adapters import CONFIG, trained_method
 from align.attention import why_not_packed
@@ -110,7 +110,6 @@ def load_foreign_rewards(
         RewardModelError: a score head is missing or malformed.
     """
     assert recipe.ppo is not None
-    limits, max_new_tokens = recipe.data, recipe.ppo.max_new_tokens
     models = [folder / "model" for folder in folders]
     for folder, model in zip(folders, models, strict=True):
         method = trained_method(model)
@@ -121,23 +120,7 @@ def load_foreign_rewards(
             )
     tokenizer = AutoTokenizer.from_pretrained(models[0])
     with _named(folders[0]):
-        location, revision = _base_location(models[0]), manifest.base.revision
-        _check_origin(tokenizer, base_facts(location, revision), manifest)
-        base = Base(
-            id=location,
-            revision=revision,
-            dtype=recipe.base.dtype,
-            quantization=manifest.base.quantization,
-            double_quantization=manifest.base.double_quantization,
-        )
-        foreign = recipe.model_copy(update={"base": base})
-        check_lengths(
-            base_config(foreign, location),
-            tokenizer,
-            limits.max_prompt_tokens + max_new_tokens,
-            "data.max_prompt_tokens + ppo.max_new_tokens",
-        )
-        causal_lm = load_causal_lm(foreign, location)
+        causal_lm = _load_base(recipe, models[0], tokenizer, manifest)
     texts = probe_texts(causal_lm.config.vocab_size)
     expected = own_logprobs(causal_lm, texts)
     roles = Roles(
@@ -151,10 +134,34 @@ def load_foreign_rewards(
     return ForeignRewards(
         tuple(folders),
         roles,
-        Renderer(tokenizer, limits.max_prompt_tokens, positions - 1),
+        Renderer(tokenizer, recipe.data.max_prompt_tokens, positions - 1),
         positions,
         batch_size,
     )
+
+
+def _load_base(
+    recipe: Recipe, model: Path, tokenizer: PreTrainedTokenizerBase, manifest: Manifest
+) -> PreTrainedModel:
+    """Load the base of a reward model, if it is still what the model was made on."""
+    assert recipe.ppo is not None
+    location, revision = _base_location(model), manifest.base.revision
+    _check_origin(tokenizer, base_facts(location, revision), manifest)
+    base = Base(
+        id=location,
+        revision=revision,
+        dtype=recipe.base.dtype,
+        quantization=manifest.base.quantization,
+        double_quantization=manifest.base.double_quantization,
+    )
+    foreign = recipe.model_copy(update={"base": base})
+    check_lengths(
+        base_config(foreign, location),
+        tokenizer,
+        recipe.data.max_prompt_tokens + recipe.ppo.max_new_tokens,
+        "data.max_prompt_tokens + ppo.max_new_tokens",
+    )
+    return load_causal_lm(foreign, location)
 
 
 @contextmanager

@@ -76,15 +76,8 @@ def load_roles(
     """
     methods = {role: trained_method(folder) for role, folder in folders.items()}
     _check_methods(job, folders, methods, bool(trainable))
-    limits, location = job.recipe.data, base_location(job.recipe)
-    tokenizer = AutoTokenizer.from_pretrained(
-        job.parent_folder("sft") / "model", trust_remote_code=job.recipe.base.trust_remote_code
-    )
-    facts = recipe_base_facts(job.recipe)
-    job.check_origin(tokenizer, facts)
-    keys = f"data.max_prompt_tokens + {job.stage}.max_new_tokens"
-    longest = limits.max_prompt_tokens + max_new_tokens
-    check_lengths(base_config(job.recipe, location), tokenizer, longest, keys)
+    location = base_location(job.recipe)
+    tokenizer, facts = _load_tokenizer(job, location, max_new_tokens)
     # Where all weights are trained, nothing is computed with the base as it was.
     whole = bool(trainable) and methods["reference"] == "full"
     base = load_causal_lm(job.recipe, str(folders["reference"]) if whole else location)
@@ -114,10 +107,27 @@ def load_roles(
         recompute=job.recipe.base.gradient_checkpointing and bool(trainable),
     ).to(compute_device())
     check_base(roles, texts, expected)
+    limits = job.recipe.data
     renderer = Renderer(tokenizer, limits.max_prompt_tokens, limits.max_response_tokens)
     return LoadedRoles(
         roles, facts, tokenizer, renderer, end_ids(tokenizer), tokenizer.pad_token_id
     )
+
+
+def _load_tokenizer(
+    job: StageJob, location: str, max_new_tokens: int
+) -> tuple[PreTrainedTokenizerBase, BaseFacts]:
+    """Load the SFT stage's tokenizer, once it, the base and the lengths are found to fit."""
+    recipe = job.recipe
+    tokenizer = AutoTokenizer.from_pretrained(
+        job.parent_folder("sft") / "model", trust_remote_code=recipe.base.trust_remote_code
+    )
+    facts = recipe_base_facts(recipe)
+    job.check_origin(tokenizer, facts)
+    keys = f"data.max_prompt_tokens + {job.stage}.max_new_tokens"
+    longest = recipe.data.max_prompt_tokens + max_new_tokens
+    check_lengths(base_config(recipe, location), tokenizer, longest, keys)
+    return tokenizer, facts
 
 
 def usable_prompts(job: StageJob, loaded: LoadedRoles, records: Sequence[Record]) -> list[Prompt]:

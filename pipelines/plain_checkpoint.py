@@ -155,7 +155,7 @@ def _save(
 @torch.no_grad()
 def _states(roles: Roles, role: Role, sequences: Sequences) -> tuple[Tensor, Any]:
     """Return the states before the response tokens, ``[N, H]``, and what makes logits of them."""
-    states = [roles.hidden(role, part)[part.before_response] for part in _parts(sequences)]
+    states = [roles.hidden(role, part, part.response_spans) for part in _parts(sequences)]
     head: Any = roles.model(role).get_output_embeddings()
     return torch.cat(states), head
 

@@ -35,7 +35,7 @@ def pair(model, **settings):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(4, 8), (2, 3, 8)])
+@pytest.mark.parametrize("shape", [(4, 8), (2, 2, 8), (2, 30, 8)])  # from 5 rows on: summed first
 def test_output_and_gradients_are_pefts(bias, shape):
     torch.manual_seed(0)
     theirs, ours = pair(Two(bias), target_modules=["first", "second"])

@@ -257,7 +257,7 @@ def test_activations_are_those_that_autograd_keeps(tmp_path, dtype, texts, make)
         batch = join([[5] * 20] * texts, [[6] * 44] * texts)
         counter = Kept(made)
         with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda t: t):
-            made.hidden("policy", batch).sum()
+            made.hidden("policy", batch, batch.response_spans).sum()
         kept.append(stored(counter.tensors))
     width = {"float32": 4, "bfloat16": 2}[dtype]
     compute = Compute(width, Adapter(r=4, alpha=8.0), joined=texts > 1)

@@ -205,7 +205,10 @@ def test_a_cached_trunk_changes_no_number_and_no_gradient(make_base, trunk, tmp_
     for mine, theirs in zip(*gradients, strict=True):
         assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
     for role in ("policy", "reference", "reward"):
-        pair = [loaded.roles.hidden(role, r.sequences) for r in (cached, plain)]
+        pair = [
+            loaded.roles.hidden(role, r.sequences, r.sequences.response_spans)
+            for r in (cached, plain)
+        ]
         assert_close(*pair, rtol=0, atol=1e-6)
     part = cached.sequences.rows([3, 1])
     assert_close(
@@ -344,7 +347,7 @@ def test_t31_adam_epsilon(loaded):
 def test_t1_the_temperature_is_in_all_log_probabilities(loaded):
     section = changed(temperature=0.5)
     rollout = rolled(loaded, section)
-    hidden = loaded.roles.hidden("policy", rollout.sequences)[rollout.sequences.before_response]
+    hidden = loaded.roles.hidden("policy", rollout.sequences, rollout.sequences.response_spans)
     logits = loaded.roles.base.get_output_embeddings()(hidden)
     expected = torch.log_softmax(logits / 0.5, -1)
     expected = expected.gather(-1, rollout.sequences.response_tokens[:, None])[:, 0]
