@@ -67,7 +67,10 @@ def kept_per_token(shape: Shape, compute: Compute) -> int:
 
 
 def _inputs(shape: Shape, compute: Compute) -> int:
-    """Return the inputs of the trained matrices, and of the second matrices of LoRA, per token."""
+    """Return the inputs of the trained matrices, and of the second matrices of LoRA, per token.
+
+    The latter are a little too much where ``align.lora`` fuses the layers: it keeps none.
+    """
     if compute.adapter is None:
         trained, stored, copied = shape.matrices, compute.width, compute.width != FLOAT
         ranks = 0

@@ -263,6 +263,8 @@ def test_activations_are_those_that_autograd_keeps(tmp_path, dtype, texts, make)
     compute = Compute(width, Adapter(r=4, alpha=8.0), joined=texts > 1)
     expected = kept_per_token(read_shape(base.config.to_dict()), compute)
     counted = (kept[1] - kept[0]) / 4 / (64 * texts)
+    if dtype == "float32" and make is tiny.llama:  # the fused layers of align.lora keep A x nowhere
+        expected -= 4 * 4 * len(read_shape(base.config.to_dict()).targets(compute.adapter))
     assert counted == pytest.approx(expected, rel=0.01)
 
 
