@@ -11,7 +11,7 @@ from typing import Literal
 from align.plan_model import Shape
 from align.recipe_adapter import Adapter
 
-CHUNK_ELEMENTS = 2**20  # align.logprobs: numbers in the logits of one chunk
+CHUNK_ELEMENTS = 2**21  # align.logprobs: numbers in the logits of one chunk
 _BLOCK_8BIT, _SMALLEST_8BIT = 256, 4096  # bitsandbytes: numbers per scale; smaller tensors stay
 FLOAT = 4
 
