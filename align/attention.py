@@ -5,14 +5,16 @@ everything else. A batch of texts is one row ``[1, N]`` of all their tokens, wit
 attention alone looks at where each text begins and ends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 NAME = "align"
 
@@ -116,6 +118,7 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     layout: Layout | KeysOnly | WantedOnly | None = None,
+    dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each text; the signature is that of transformers' attention functions.
@@ -142,7 +145,8 @@ def attention(
     if layout.lengths is not None:
         if layout.cache is not None:
             layout.cache.start(_layer(module), key, value)
-        return _packed(query, key, value, list(layout.lengths), spans, scaling), None
+        settings = {"scale": scaling, "dropout_p": dropout}
+        return _packed(query, key, value, list(layout.lengths), spans, settings), None
     assert layout.cache is not None
     keys, values = layout.cache.append(_layer(module), key, value)
     bias = layout.cache.bias
@@ -161,36 +165,56 @@ def _packed(
     value: Tensor,
     lengths: list[int],
     spans: Spans | None,
-    scaling: float | None,
+    settings: dict[str, Any],
 ) -> Tensor:
     keys, values = key.split(lengths, dim=2), value.split(lengths, dim=2)
-    share = query.shape[1] != key.shape[1]
+    settings = settings | {"enable_gqa": query.shape[1] != key.shape[1]}
     outputs = []
     if spans is None:
         for q, k, v in zip(query.split(lengths, dim=2), keys, values, strict=True):
-            found = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scaling, enable_gqa=share
-            )
-            outputs.append(found.transpose(1, 2))
+            outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **settings))
     else:
-        queries, start = query.split([after - first for first, after in spans], dim=2), 0
-        for q, k, v, (first, after) in zip(queries, keys, values, spans, strict=True):
-            first, end = first - start, after - start
+        queries = query.split([after - first for first, after in spans], dim=2)
+        starts = [0, *accumulate(lengths)][:-1]
+        for q, k, v, span, start in zip(queries, keys, values, spans, starts, strict=True):
+            first, end = span[0] - start, span[1] - start
             seen = None
             if end - first > 1:
                 seen = torch.ones(end - first, end, dtype=torch.bool, device=q.device).tril(first)
-            found = F.scaled_dot_product_attention(
-                q, k[:, :, :end], v[:, :, :end], attn_mask=seen, scale=scaling, enable_gqa=share
-            )
-            outputs.append(found.transpose(1, 2))
-            start += k.shape[2]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+            k, v = k[:, :, :end], v[:, :, :end]
+            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, **settings))
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return joined.transpose(1, 2)
 
 
 def _layer(module: nn.Module) -> int:
     index = module.layer_idx
     assert isinstance(index, int)
     return index
+
+
+def set_attention(model: PreTrainedModel) -> str | None:
+    """Give a model this attention; return why it cannot have it, or None if it has it now."""
+    reason = why_not_packed(model.config)
+    if reason is None:
+        model.set_attn_implementation(NAME)  # a warning at most, where the model cannot
+        if model.config._attn_implementation != NAME:
+            reason = "its attention is not transformers' interface"
+    return reason
+
+
+@contextmanager
+def packed_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Give a model this attention for a while; its passes need a ``layout`` meanwhile.
+
+    A model whose code does not ask transformers for its attention goes on with its own.
+    """
+    before = model.config._attn_implementation
+    set_attention(model)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def why_not_packed(config: PretrainedConfig) -> str | None:

@@ -22,7 +22,7 @@ def narrow_last_layer(backbone: nn.Module) -> None:
     found = layer_list(backbone)
     if found is not None:
         layer = found[1][-1]
-        layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
+        layer.forward = MethodType(_forward, layer)
 
 
 def _forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -38,8 +38,7 @@ def _forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any)
         return plain(layer, hidden_states, *args, **kwargs)
 
     def run(tokens: Tensor, layout: KeysOnly | WantedOnly) -> Tensor:
-        # Each keyword as this token's part of it: positions, rotations.
-        more = _at(kwargs | {"layout": None}, tokens) | {"layout": layout}
+        more = _at(kwargs, tokens) | {"layout": layout}  # the tokens' positions, or rotations
         output: Tensor = plain(layer, hidden_states[:, tokens], *_at(args, tokens), **more)
         return output
 

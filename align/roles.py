@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from align import lora
 from align.adapters import WEIGHTS
-from align.attention import NAME, Layout, Spans, why_not_packed
+from align.attention import Layout, Spans, set_attention
 from align.errors import InputError, ParentError
 from align.functional import token_entropy, token_logprobs
 from align.generation import Engine, Generated, generate
@@ -302,11 +302,7 @@ def _recomputing(model: nn.Module) -> Iterator[None]:
 def _prepare(model: Any, engine: Engine) -> None:
     """Choose the model's attention, and turn its dropout off."""
     if engine == "native":
-        reason = why_not_packed(model.config)
-        if reason is None:
-            model.set_attn_implementation(NAME)  # a warning at most, where the model cannot
-            if model.config._attn_implementation != NAME:
-                reason = "its attention is not transformers' interface"
+        reason = set_attention(model)
         if reason is not None:
             raise InputError(
                 f"ppo.rollout.engine=native does not know this base: {reason}; allowed for it: hf"

@@ -1,5 +1,6 @@
 """In which order rows are drawn: a function of seed and position, so that it can be resumed."""
 
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -17,6 +18,30 @@ def draw(num_rows: int, start: int, count: int, seed: int) -> list[int]:
         int(_permutation(num_rows, position // num_rows, seed)[position % num_rows])
         for position in range(start, start + count)
     ]
+
+
+class SortedBatches:
+    """The sampler of a data loader: shuffled rows, those of an optimiser step sorted by length.
+
+    So the micro-batches of a step hold little padding; its gradient is that of any other order.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths, self._batch_size, self._seed = lengths, batch_size, seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that is drawn next; the data loader calls it."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rows = draw(len(self), self._epoch * len(self), len(self), self._seed)
+        for start in range(0, len(rows), self._batch_size):
+            batch = rows[start : start + self._batch_size]
+            yield from sorted(batch, key=self._lengths.__getitem__)
 
 
 @lru_cache(maxsize=2)

@@ -27,6 +27,7 @@ from align.models import (
 )
 from align.recipe import Recipe, Reward
 from align.seeds import derive_seed
+from data.order import SortedBatches
 from data.records import Demonstration, Ranking, Record, as_demonstration
 from data.render import Renderer, Unusable, render_all
 from pipelines.memory_check import check_memory
@@ -58,6 +59,11 @@ class RankedTokens:
     def rows(self) -> list[Row]:
         """Return a row to score for each response."""
         return [(self.prompt, response) for response in self.responses]
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row."""
+        return len(self.prompt) + max(map(len, self.responses))
 
 
 @dataclass(frozen=True)
@@ -164,10 +170,13 @@ class RankingTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *, margin: bool, **arguments: Any) -> None:
+    def __init__(self, *, margin: bool, order: SortedBatches, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._margin = margin
+        self._margin, self._order = margin, order
         self._right, self._pairs = 0.0, 0  # since the last log line
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self._order
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         counts = [count_rankings(batch["groups"], batch["targets"]) for batch in batch_samples]
@@ -278,6 +287,7 @@ def _train(job: StageJob, model: RewardModel, tokens: Tokenized) -> int:
     seed = derive_seed(job.recipe.seed, "reward", "training")
     trainer = RankingTrainer(
         margin=section.margin,
+        order=SortedBatches([row.width for row in tokens.train], section.batch_size, seed),
         model=model,
         args=training_arguments(
             TrainingArguments,
@@ -300,11 +310,8 @@ def _train(job: StageJob, model: RewardModel, tokens: Tokenized) -> int:
 def _try_longest(recipe: Recipe, section: Reward, model: RewardModel, tokens: Tokenized) -> None:
     """Go once through the longest micro-batch there is; see ``pipelines.memory_check``."""
 
-    def width(ranking: RankedTokens) -> int:
-        return max(len(prompt) + len(response) for prompt, response in ranking.rows())
-
     count = section.micro_batch_size or section.batch_size
-    longest = sorted(tokens.train, key=lambda row: width(row) * len(row.responses))[-count:]
+    longest = sorted(tokens.train, key=lambda row: row.width * len(row.responses))[-count:]
 
     def step() -> Tensor:
         batch = collate(longest, tokens.pad_id)
@@ -315,7 +322,7 @@ def _try_longest(recipe: Recipe, section: Reward, model: RewardModel, tokens: To
         return scores.sum()
 
     rows = sum(len(ranking.responses) for ranking in longest)
-    what = f"{rows} responses of up to {max(map(width, longest))} tokens"
+    what = f"{rows} responses of up to {max(row.width for row in longest)} tokens"
     check_memory(recipe, "reward", list(model.parameters()), step, what)
 
 

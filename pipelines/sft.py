@@ -6,7 +6,8 @@ nor truncates anything here.
 
 import gc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from align.adapter_methods import adapter_config, check_trained, say_share, trained_share
 from align.adapters import save_trained
+from align.attention import Layout, packed_attention, why_not_packed
 from align.errors import InputError, TrainingError
 from align.generation import generate
 from align.models import (
@@ -73,11 +75,12 @@ def run(job: StageJob) -> StageResult:
     base_parameters = base_model.num_parameters()
     model = add_adapter(base_model, recipe)
     trainer = make_trainer(job, section, model, tokenizer, train)
-    try_longest(recipe, section, trainer)
-    callback = connect(trainer, job.log)
-    share = trained_share(model, base_parameters)
-    job.log.note(f"sft  {say_share(recipe.adapter.method, share)}")
-    trainer.train()
+    with separate_rows(trainer, base_model, section):
+        try_longest(recipe, section, trainer)
+        callback = connect(trainer, job.log)
+        share = trained_share(model, base_parameters)
+        job.log.note(f"sft  {say_share(recipe.adapter.method, share)}")
+        trainer.train()
     model.eval()
     # First of all: what follows may run out of memory.
     folder = job.directory / "model"
@@ -202,6 +205,29 @@ def make_trainer(
             f" {count} with {learned}"
         )
     return trainer
+
+
+@contextmanager
+def separate_rows(trainer: SFTTrainer, base: PreTrainedModel, section: Sft) -> Iterator[None]:
+    """Have our attention tell the rows of a pack apart; without packing there is nothing to do.
+
+    The mask that is used otherwise costs as much as one text as long as the pack. It is left to
+    bases that cannot have our attention.
+    """
+    collate = trainer.data_collator
+    if not section.packing or why_not_packed(base.config) is not None:
+        yield
+        return
+
+    def with_lengths(packs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = collate(packs)
+        lengths = [length for pack in packs for length in pack["seq_lengths"]]
+        names = ("input_ids", "labels", "position_ids")
+        return {name: batch[name] for name in names} | {"layout": Layout(lengths)}
+
+    trainer.data_collator = with_lengths
+    with packed_attention(base):
+        yield
 
 
 def try_longest(recipe: Recipe, section: Sft, trainer: SFTTrainer) -> None:

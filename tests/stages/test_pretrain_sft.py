@@ -21,7 +21,7 @@ from align import models
 from align.generation import Generated, generate
 from align.manifest import BaseFacts, read_manifest
 from align.models import base_location, load_causal_lm
-from align.recipe import Recipe, TokenizerSection
+from align.recipe import Recipe, Sft, TokenizerSection
 from align.recipe_io import load_recipe
 from data.collate import collate_demonstrations
 from data.load import load_records
@@ -232,6 +232,31 @@ class TestLoss:
         trainer = trainer_for(tmp_path, tiny.llama(), some_rows(), **section)
         loss, _ = gradients(trainer)
         assert loss == pytest.approx(naive_loss(trainer.model.eval(), some_rows()), abs=2e-5)
+
+    @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+    @pytest.mark.parametrize("micro", [1, 2])
+    def test_packs_give_the_gradient_of_their_rows(self, tmp_path, make, micro):
+        """Whatever tells the rows apart: a mask, or our attention."""
+        rows = some_rows() * 12  # several packs
+        settings = {"packing": True, "batch_size": 2, "micro_batch_size": micro}
+        model, other = make(), make()
+        for module in (*model.modules(), *other.modules()):
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        expected_loss, expected = gradients(trainer_for(tmp_path, other, rows, **settings))
+        trainer = trainer_for(tmp_path, model, rows, **settings)
+        assert len(trainer.train_dataset) > 1
+        attention = model.config._attn_implementation
+        with sft.separate_rows(trainer, model, Sft(lr=1.0, **settings)):
+            assert model.config._attn_implementation == "align"
+            batch = trainer.data_collator([trainer.train_dataset[0]])
+            assert sum(batch["layout"].lengths) == batch["input_ids"].numel()
+            assert len(batch["layout"].lengths) > 1
+            loss, found = gradients(trainer)
+        assert model.config._attn_implementation == attention
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
 
     @pytest.mark.parametrize("batch_size", [1, 3, 4])
     @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])

@@ -21,6 +21,7 @@ from align.errors import TrainingError
 from align.recipe import TokenizerSection
 from align.recipe_adapter import Adapter
 from align.recipe_io import load_recipe
+from data.order import SortedBatches
 from data.records import Message, Ranking
 from data.render import Renderer, Unusable
 from data.tokenizer import prepare_tokenizer
@@ -272,12 +273,23 @@ def tokens(seed: int, tie_first: bool = False) -> list[RankedTokens]:
 
 
 def train(
-    folder: Path, rows: list[RankedTokens], micro: int, margin: bool = False
+    folder: Path,
+    rows: list[RankedTokens],
+    micro: int,
+    margin: bool = False,
+    seen: list[Any] | None = None,
 ) -> tuple[RewardModel, list[float]]:
     """Train two epochs of steps of four rankings and of the two that remain; return the losses."""
     model = new_reward_model(tiny.llama(), Adapter(r=4, alpha=8.0), folder, seed=3)
+
+    def collator(batch: list[RankedTokens]) -> Any:
+        if seen is not None:
+            seen.append(batch)
+        return collate(batch, 0)
+
     trainer = RankingTrainer(
         margin=margin,
+        order=SortedBatches([row.width for row in rows], 4, seed=5),
         model=model,
         args=TrainingArguments(
             output_dir=str(folder / "trainer"),
@@ -297,10 +309,25 @@ def train(
             seed=5,
         ),
         train_dataset=rows,
-        data_collator=lambda batch: collate(batch, 0),
+        data_collator=collator,
     )
     trainer.train()
     return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_step_draws_from_all_rows_and_its_micro_batches_are_of_like_length(
+    tmp_path: Path,
+) -> None:
+    folder = sft_adapter(tiny.llama(), tmp_path / "sft")
+    rows, drawn = tokens(seed=2), []
+    train(folder, rows, 2, seen=drawn)
+    steps = [drawn[:2], drawn[2:3], drawn[3:5], drawn[5:]]  # micro-batches of 4, 2, 4 and 2 rows
+    widths = [[row.width for part in step for row in part] for step in steps]
+    assert [len(step) for step in widths] == [4, 2, 4, 2]
+    assert all(step == sorted(step) for step in widths)
+    epochs = [[id(row) for part in parts for row in part] for parts in (drawn[:3], drawn[3:])]
+    assert all(sorted(epoch) == sorted(map(id, rows)) for epoch in epochs)
+    assert set(epochs[0][:4]) != set(epochs[1][:4])
 
 
 @pytest.mark.parametrize("tie_first", [False, True], ids=["ranked", "one tied"])
