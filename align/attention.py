@@ -204,17 +204,18 @@ def set_attention(model: PreTrainedModel) -> str | None:
 
 
 @contextmanager
-def packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Give a model this attention for a while; its passes need a ``layout`` meanwhile.
+def packed_attention(model: PreTrainedModel) -> Iterator[bool]:
+    """Give a model this attention for a while; yield whether it could have it.
 
-    A model whose code does not ask transformers for its attention goes on with its own.
+    If so, its passes need a ``layout`` meanwhile.
     """
     before = model.config._attn_implementation
-    set_attention(model)
+    possible = set_attention(model) is None
     try:
-        yield
+        yield possible
     finally:
-        model.set_attn_implementation(before)
+        if possible:
+            model.set_attn_implementation(before)
 
 
 def why_not_packed(config: PretrainedConfig) -> str | None:

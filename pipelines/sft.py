@@ -23,7 +23,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from align.adapter_methods import adapter_config, check_trained, say_share, trained_share
 from align.adapters import save_trained
-from align.attention import Layout, packed_attention, why_not_packed
+from align.attention import Layout, packed_attention
 from align.errors import InputError, TrainingError
 from align.generation import generate
 from align.models import (
@@ -215,7 +215,7 @@ def separate_rows(trainer: SFTTrainer, base: PreTrainedModel, section: Sft) -> I
     bases that cannot have our attention.
     """
     collate = trainer.data_collator
-    if not section.packing or why_not_packed(base.config) is not None:
+    if not section.packing:
         yield
         return
 
@@ -225,8 +225,9 @@ def separate_rows(trainer: SFTTrainer, base: PreTrainedModel, section: Sft) -> I
         names = ("input_ids", "labels", "position_ids")
         return {name: batch[name] for name in names} | {"layout": Layout(lengths)}
 
-    trainer.data_collator = with_lengths
-    with packed_attention(base):
+    with packed_attention(base) as possible:
+        if possible:
+            trainer.data_collator = with_lengths
         yield
 
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 from peft import PeftModel
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM
 
 from align import models
 from align.generation import Generated, generate
@@ -257,6 +257,28 @@ class TestLoss:
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+
+    def test_packs_of_a_base_with_another_attention_are_told_apart_by_the_mask(self, tmp_path):
+        """GPT-Neo's is not transformers' interface, though nothing in its configuration says so."""
+        config = GPTNeoConfig(
+            vocab_size=320,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=2,
+            attention_types=[[["global"], 2]],
+            max_position_embeddings=256,
+        )
+        model, section = GPTNeoForCausalLM(config), {"packing": True, "batch_size": 2}
+        trainer = trainer_for(tmp_path, model, some_rows(), **section)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        attention, collate = model.config._attn_implementation, trainer.data_collator
+        with sft.separate_rows(trainer, model, Sft(lr=1.0, **section)):
+            assert trainer.data_collator is collate
+            loss, _ = gradients(trainer)
+        assert loss == pytest.approx(naive_loss(trainer.model.eval(), some_rows()), abs=2e-5)
+        assert model.config._attn_implementation == attention
 
     @pytest.mark.parametrize("batch_size", [1, 3, 4])
     @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
