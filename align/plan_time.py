@@ -23,7 +23,7 @@ from align.plan_model import Shape, linear_bytes
 from align.plan_setup import Setup, responses_per_ranking, rows_per_pass
 from align.published import Card
 from align.recipe import Recipe, Source, StageName
-from align.stages import planned_stages
+from align.stages import planned_stages, world_rows
 
 # Shares of a card's published figures that passes are assumed to reach. Full training reaches 0.4
 # to 0.64 of the operations on A100 and H100 (MosaicML's llm-foundry); QLoRA of 7B on an A100 at
@@ -284,14 +284,7 @@ def _known(recipe: Recipe, sources: Sequence[Source]) -> int:
 
 def _rows(recipe: Recipe, source: Source) -> int | None:
     """Return how many rows a source has, None where only its file could say."""
-    world = recipe.data.world
     if source.world is None:
         return source.rows
-    rows = {
-        "text": world.text_rows,
-        "demonstrations": world.demonstration_rows,
-        "pairs": world.ranked_prompts,
-        "rankings": world.ranked_prompts,
-        "prompts": world.prompt_rows,
-    }[source.world]
-    return min(world.heldout_rows if source.split == "heldout" else rows, source.rows or rows)
+    rows = world_rows(recipe.data.world, source.world, source.split)
+    return min(rows, source.rows or rows)

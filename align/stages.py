@@ -17,7 +17,7 @@ from align.manifest import (
     read_manifest,
     sha256_file,
 )
-from align.recipe import WORLD_VERSION, Recipe, Source, StageData, StageName
+from align.recipe import WORLD_VERSION, Recipe, Source, StageData, StageName, World
 from align.recipe_ppo import Ppo, RewardSource
 from align.recipe_types import Section
 
@@ -154,6 +154,19 @@ def stage_data(recipe: Recipe, stage: StageName) -> dict[str, StageData]:
         names += (recipe.ppo.ptx.source,)
     sections = {name: getattr(recipe.data, name) for name in names}
     return {name: data for name, data in sections.items() if data is not None}
+
+
+def world_rows(world: World, kind: str, split: str) -> int:
+    """Return how many records of a kind the built-in world has in a split."""
+    if split == "heldout":
+        return world.heldout_rows
+    return {
+        "text": world.text_rows,
+        "demonstrations": world.demonstration_rows,
+        "pairs": world.ranked_prompts,
+        "rankings": world.ranked_prompts,
+        "prompts": world.prompt_rows,
+    }[kind]
 
 
 def source_path(recipe: Recipe, source: Source) -> Path:

@@ -12,6 +12,7 @@ from typing import Literal, TypeVar, get_args
 
 from align.errors import DataError
 from align.recipe import World
+from align.stages import world_rows
 from data import annotator, judge, lexicon
 from data.lexicon import Fact, Format, Relation, Split
 from data.records import Demonstration, Message, Prompt, Ranking, Record, Text
@@ -68,15 +69,7 @@ def world_records(world: World, kind: Kind, split: str) -> list[Record]:
     if split not in get_args(Split):
         raise DataError(f"split={split}: the world has no such split; allowed: {_listed(Split)}")
     rng = random.Random(f"{world.seed}/{kind}/{split}")
-    rows = {
-        "text": world.text_rows,
-        "demonstrations": world.demonstration_rows,
-        "pairs": world.ranked_prompts,
-        "rankings": world.ranked_prompts,
-        "prompts": world.prompt_rows,
-    }[kind]
-    if split == "heldout":
-        rows = world.heldout_rows
+    rows = world_rows(world, kind, split)
     scene = Scene(rng, "heldout" if split == "heldout" else "train")
     if kind == "text":
         return [Text(_document(scene)) for _ in range(rows)]

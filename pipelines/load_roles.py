@@ -83,13 +83,6 @@ def load_roles(
     base = load_causal_lm(job.recipe, str(folders["reference"]) if whole else location)
     texts = probe_texts(base.config.vocab_size)
     expected = own_logprobs(base, texts)
-    heads: dict[Role, ScoreHead] = {
-        role: load_score_head(folder)
-        for role, folder in folders.items()
-        if role.startswith("reward")
-    }
-    if "value" in folders or value_on_policy:
-        heads["value"] = _value_head(folders.get("value"), base.config.hidden_size)
     own = [r for r in folders if r in own_models or methods[r] != "lora"]
     models = {
         role: base
@@ -101,7 +94,7 @@ def load_roles(
         base,
         {role: folder for role, folder in folders.items() if role not in own},
         models=models,
-        heads=heads,
+        heads=_heads(folders, base.config.hidden_size, value_on_policy=value_on_policy),
         trainable=trainable,
         engine=engine or ("hf" if why_not_packed(base.config) else "native"),
         recompute=job.recipe.base.gradient_checkpointing and bool(trainable),
@@ -142,11 +135,21 @@ def usable_prompts(job: StageJob, loaded: LoadedRoles, records: Sequence[Record]
     return [prompt for prompt, _ in kept]
 
 
-def _value_head(folder: Path | None, hidden_size: int) -> ScoreHead:
-    """Return a critic's first head: the reward model's where it starts from one, else zeros."""
-    if folder is not None and (folder / SCORE_FILE).is_file():
-        return load_score_head(folder)
-    return ScoreHead(hidden_size)
+def _heads(
+    folders: Mapping[Role, Path], hidden_size: int, *, value_on_policy: bool
+) -> dict[Role, ScoreHead]:
+    """Return the rewards' heads, and the critic's: its reward model's if it has one, else zeros."""
+    heads = {
+        role: load_score_head(folder)
+        for role, folder in folders.items()
+        if role.startswith("reward")
+    }
+    critic = folders.get("value")
+    if critic is not None and (critic / SCORE_FILE).is_file():
+        heads["value"] = load_score_head(critic)
+    elif critic is not None or value_on_policy:
+        heads["value"] = ScoreHead(hidden_size)
+    return heads
 
 
 def _own_model(
