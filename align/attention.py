@@ -183,8 +183,9 @@ def _packed(
                 seen = torch.ones(end - first, end, dtype=torch.bool, device=q.device).tril(first)
             k, v = k[:, :, :end], v[:, :, :end]
             outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, **settings))
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    return joined.transpose(1, 2)
+    # Heads beside each other, as the kernel leaves them and the model's output projection reads
+    # them: joined otherwise, every tensor would be written twice in each direction.
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
 
 
 def _layer(module: nn.Module) -> int:

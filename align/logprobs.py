@@ -78,14 +78,17 @@ class _HeadLogprobs(Function):
         if with_gradient and not ctx.trained:
             slopes = [torch.empty_like(hidden) for _ in range(1 + with_entropy)]
         for rows in _chunks(len(hidden), len(weight)):
-            log_p = _log_softmax(hidden[rows], weight, bias, temperature)
             ids = token_ids[rows, None]
-            logprobs[rows] = log_p.gather(1, ids)[:, 0]
-            if with_entropy:
-                entropy[rows] = -(log_p.exp() * log_p).sum(1)
-            for slope, kind in zip(slopes, (_of_logprob, _of_entropy), strict=False):
-                dz = kind(log_p, ids, entropy[rows, None]).div_(temperature)
-                slope[rows] = dz.to(weight.dtype) @ weight
+            p, log_p, chosen = _softmax(hidden[rows], weight, bias, temperature, ids, with_entropy)
+            logprobs[rows] = chosen
+            if log_p is not None:
+                entropy[rows] = -(p * log_p).sum(1)
+            if slopes:
+                found = _slopes(p, log_p, ids, entropy[rows, None])
+                for slope, dz in zip(slopes, found, strict=True):
+                    slope[rows] = dz.to(weight.dtype) @ weight
+        for slope in slopes:
+            slope /= temperature
         if ctx.trained:
             ctx.save_for_backward(hidden, weight, bias, token_ids, entropy)
         else:
@@ -112,14 +115,17 @@ def _with_head(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the gradients for the hidden states, the head's weight and its bias."""
     hidden, weight, bias, token_ids, entropy = ctx.saved_tensors
+    d_logprobs, d_entropy = d_logprobs / ctx.temperature, d_entropy / ctx.temperature
     d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
     d_bias = torch.zeros_like(bias) if bias is not None else None
     for rows in _chunks(len(hidden), len(weight)):
-        log_p = _log_softmax(hidden[rows], weight, bias, ctx.temperature)
-        dz = _of_logprob(log_p, token_ids[rows, None], None).mul_(d_logprobs[rows, None])
-        if ctx.with_entropy:
-            dz += _of_entropy(log_p, None, entropy[rows, None]).mul_(d_entropy[rows, None])
-        dz = dz.div_(ctx.temperature).to(weight.dtype)
+        ids = token_ids[rows, None]
+        p, log_p, _ = _softmax(hidden[rows], weight, bias, ctx.temperature, ids, ctx.with_entropy)
+        dz, *of_entropy = _slopes(p, log_p, ids, entropy[rows, None])
+        dz *= d_logprobs[rows, None]
+        for slope in of_entropy:
+            dz += slope.mul_(d_entropy[rows, None])
+        dz = dz.to(weight.dtype)
         d_hidden[rows] = dz @ weight
         d_weight.addmm_(dz.T, hidden[rows])
         if d_bias is not None:
@@ -127,22 +133,35 @@ def _with_head(
     return d_hidden, d_weight, d_bias
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    logits = F.linear(hidden, weight, bias).float()
+def _softmax(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    ids: Tensor,
+    with_log: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return ``p [n, V]``, ``log p`` where it is asked for, and ``log p`` of the ids ``[n]``.
+
+    In the memory of the logits: beside the product with the head, every pass over them counts.
+    """
+    z = F.linear(hidden, weight, bias).float()
     if temperature != 1:
-        logits = logits / temperature
-    return torch.log_softmax(logits, dim=-1)
+        z /= temperature
+    z -= z.amax(1, keepdim=True)
+    chosen = z.gather(1, ids)
+    p = z.exp() if with_log else z.exp_()
+    total = p.sum(1, keepdim=True)
+    log_total = total.log()
+    p /= total
+    return p, z.sub_(log_total) if with_log else None, (chosen - log_total)[:, 0]
 
 
-def _of_logprob(log_p: Tensor, ids: Tensor, _: object) -> Tensor:
-    """Return d logprob / d logits: onehot - p."""
-    slope = log_p.exp().neg_()
-    return slope.scatter_add_(1, ids, torch.ones_like(ids, dtype=slope.dtype))
-
-
-def _of_entropy(log_p: Tensor, _: object, entropy: Tensor) -> Tensor:
-    """Return d entropy / d logits: -p (log p + entropy)."""
-    return (log_p + entropy).mul_(log_p.exp()).neg_()
+def _slopes(p: Tensor, log_p: Tensor | None, ids: Tensor, entropy: Tensor) -> list[Tensor]:
+    """Return d logprob / dz and, with ``log_p``, d entropy / dz; they take the place of both."""
+    of_entropy = [log_p.add_(entropy).mul_(p).neg_()] if log_p is not None else []
+    of_logprob = p.neg_().scatter_add_(1, ids, torch.ones_like(ids, dtype=p.dtype))
+    return [of_logprob, *of_entropy]
 
 
 def _chunks(count: int, width: int) -> Iterator[slice]:

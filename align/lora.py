@@ -103,5 +103,6 @@ class _LoraLinear(Function):
         if ctx.needs_input_grad[3]:
             d_a = d_inner.T @ rows
         if ctx.needs_input_grad[4]:
-            d_b = (d_output.T @ (rows @ a.T)).mul_(ctx.scaling)
+            # Transposed at the end: the product the other way round takes half as long again.
+            d_b = ((rows @ a.T).T @ d_output).mul_(ctx.scaling).T
         return d_x, None, None, d_a, d_b, None
