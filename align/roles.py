@@ -33,6 +33,7 @@ from align.generation import Engine, Generated, generate
 from align.last_layer import narrow_last_layer
 from align.logprobs import head_logprobs
 from align.models import recompute_activations
+from align.rms_norm import fuse_norms
 from align.sequences import Sequences, micro_batches, position_ids
 from align.trunk import Trunk, trunk_depth
 
@@ -308,6 +309,7 @@ def _prepare(model: Any, engine: Engine) -> None:
                 f"ppo.rollout.engine=native does not know this base: {reason}; allowed for it: hf"
             )
         lora.fuse(model)
+        fuse_norms(model)
         narrow_last_layer(model.base_model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
