@@ -185,7 +185,8 @@ def _packed(
             outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, **settings))
     # Heads beside each other, as the kernel leaves them and the model's output projection reads
     # them: joined otherwise, every tensor would be written twice in each direction.
-    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
+    parts = [output.transpose(1, 2) for output in outputs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _layer(module: nn.Module) -> int:

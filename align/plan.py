@@ -51,7 +51,9 @@ def plan_recipe(
         "evaluate": _evaluate,
     }
     plans = tuple(makers[stage](setup) for stage in planned_stages(recipe))
-    return tuple(with_heap_holes(plan) for plan in plans) if on_cpu else plans
+    # With gradient checkpointing the launcher has large tensors given back at once.
+    holes = on_cpu and not recipe.base.gradient_checkpointing
+    return tuple(with_heap_holes(plan) for plan in plans) if holes else plans
 
 
 def pretrained_shape(recipe: Recipe) -> Shape:

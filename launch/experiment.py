@@ -92,6 +92,7 @@ class Experiment:
             self.overrides,
             force=self.settings.force,
             debug=self.settings.debug,
+            spare_memory=self.recipe.base.gradient_checkpointing,
         )
 
 

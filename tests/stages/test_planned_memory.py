@@ -67,10 +67,11 @@ def write(root: Path, checkpointing: str) -> Path:
     return root / "recipe.yaml"
 
 
-def peak(recipe: Path, stage: str) -> int:
+def peak(recipe: Path, stage: str, *, checkpointing: bool) -> int:
     """Run a stage as the launcher does; return the most memory its process had, in bytes."""
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = stage_command(Python(sys.executable, REPOSITORY, environ), stage, recipe)
+    python = Python(sys.executable, REPOSITORY, environ)
+    command = stage_command(python, stage, recipe, spare_memory=checkpointing)
     process = os.spawnve(os.P_NOWAIT, command.argv[0], command.argv, environ | command.env)
     _, status, usage = os.wait4(process, 0)
     assert status == 0
@@ -84,7 +85,7 @@ def test_the_peak_of_a_stage_is_the_planned_one(tmp_path: Path, checkpointing: s
     recipe = load_recipe(file)
     shape = read_shape(json.loads((tmp_path / "base" / "config.json").read_text()))
     plans = {plan.stage: plan for plan in plan_recipe(recipe, shape, on_cpu=True)}
-    found = {stage: peak(file, stage) for stage in plans}
+    found = {stage: peak(file, stage, checkpointing=checkpointing == "true") for stage in plans}
     for stage, plan in plans.items():
         print(f"{stage}: {found[stage] / 2**20:.0f} MiB, planned {plan.peak / 2**20:.0f}")
     for stage, plan in plans.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launch.command import (
     KEEP_MEMORY,
+    RETURN_MEMORY,
     Python,
     check_data_command,
     export_command,
@@ -34,6 +35,11 @@ def test_stage_command() -> None:
     line = command.shell_line()
     assert line.startswith("PYTHONSAFEPATH=1 PYTHONPATH=/house MALLOC_")
     assert shlex.split(line)[len(command.env) :] == list(command.argv)
+
+
+def test_a_stage_that_is_to_spare_memory_gives_large_tensors_back() -> None:
+    env = stage_command(HOUSE, "sft", Path("r.yaml"), spare_memory=True).env
+    assert {key: env[key] for key in env if key.startswith("MALLOC")} == RETURN_MEMORY
 
 
 def test_check_data_command() -> None:
