@@ -33,13 +33,14 @@ LAUNCHER_MAY_USE = {
     "align.recipe",
     "align.recipe_io",
     "align.stages",
-    "align.tracking",
 }
 
 WITHOUT_TORCH = [
     "align",
+    "align.checkpoints",
     "align.errors",
     "align.fingerprints",
+    "align.lock",
     "align.manifest",
     "align.plan",
     "align.plan_changes",

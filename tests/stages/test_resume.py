@@ -1,0 +1,176 @@
+"""Stages that are interrupted at any moment and go on: bit for bit what they are without that."""
+
+import random
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from align.checkpoints import FOLDER
+from tests.fault_server import POINTS
+from tests.faults import SETTINGS, Server, facts
+
+STAGES = tuple(SETTINGS)
+KILLS = 120  # of the slow test, over all stages
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("resume"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def whole(server: Server) -> dict[str, tuple[dict, int]]:
+    """What every stage gives without interruption, and its number of fault points."""
+    found = {}
+    for stage in STAGES:
+        done = server.run(stage)
+        assert done.code == 0, done.output
+        assert done.points is not None
+        assert not (server.folder(stage) / FOLDER).exists()
+        found[stage] = facts(server.folder(stage)), done.points
+    return found
+
+
+@pytest.fixture
+def again(server: Server, whole: dict, tmp_path: Path) -> Iterator[Server]:
+    """The server, with every stage finished; afterwards they are put back as they were."""
+    kept = tmp_path / "kept"
+    shutil.copytree(server.home / "runs", kept)
+    yield server
+    shutil.rmtree(server.home / "runs")
+    shutil.copytree(kept, server.home / "runs")
+
+
+def finish(server: Server, stage: str) -> str:
+    done = server.run(stage)
+    assert done.code == 0, done.output
+    return done.output
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_stage_goes_on_bit_for_bit(again: Server, whole: dict, stage: str) -> None:
+    """Killed once while it writes a checkpoint, and once more after it has gone on."""
+    expected, points = whole[stage]
+    shutil.rmtree(again.folder(stage))
+    assert again.run(stage, fault=(points // 2, "during")).code == -signal.SIGKILL
+    assert again.run(stage, fault=(points // 4, "before")).code == -signal.SIGKILL
+    assert "goes on after step" in finish(again, stage)
+    assert facts(again.folder(stage)) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_kills_at_any_moment(again: Server, whole: dict, stage: str) -> None:
+    expected, points = whole[stage]
+    rng = random.Random(stage)
+    kills = rounds = went_on = 0
+    while kills < KILLS // len(STAGES):
+        rounds += 1
+        shutil.rmtree(again.folder(stage))
+        while True:
+            if rng.random() < 0.2:
+                done = again.run(stage, seconds=rng.uniform(0.05, 4.0))
+            else:
+                fault = (rng.randrange(points), rng.choice(POINTS))
+                done = again.run(stage, fault=fault)
+            went_on += "goes on after step" in done.output
+            if done.code == 0:
+                break
+            assert done.code == -signal.SIGKILL, done.output
+            kills += 1
+        assert facts(again.folder(stage)) == expected, f"round {rounds}, after {kills} kills"
+    print(f"{stage}: {kills} kills in {rounds} rounds, went on {went_on} times")
+    assert went_on > 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "signum", "code"), [("ppo", signal.SIGTERM, 143), ("sft", signal.SIGINT, 130)]
+)
+def test_a_signal_saves_after_the_step(
+    again: Server, whole: dict, stage: str, signum: int, code: int
+) -> None:
+    shutil.rmtree(again.folder(stage))
+    second_line = (1, "after", "log")
+    done = again.run(stage, "run.checkpoint_steps=1000", fault=second_line, signum=signum)
+    assert done.code == code, done.output
+    assert "stopping after this step" in done.output
+    (saved,) = (again.folder(stage) / FOLDER).iterdir()
+    output = finish(again, stage)
+    assert f"goes on after step {int(saved.name.removeprefix('step-'))}, from" in output
+    assert facts(again.folder(stage)) == whole[stage][0]
+
+
+def interrupt(server: Server, stage: str, whole: dict) -> list[Path]:
+    """Kill a stage late in its training; return its checkpoints, oldest first."""
+    shutil.rmtree(server.folder(stage))
+    at = int(whole[stage][1] * 0.6)
+    assert server.run(stage, fault=(at, "before")).code == -signal.SIGKILL
+    found = sorted((server.folder(stage) / FOLDER).glob("step-*"))
+    assert len(found) >= 2
+    return found
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "unmarked"])
+def test_a_damaged_checkpoint_is_skipped_by_name(again: Server, whole: dict, damage: str) -> None:
+    older, newest = interrupt(again, "pretrain", whole)[-2:]
+    rng = random.Random(damage)
+    file = rng.choice([path for path in newest.iterdir() if path.name != "checksums.json"])
+    content = bytearray(file.read_bytes())
+    if damage == "truncated":
+        file.write_bytes(content[: rng.randrange(len(content))])
+    elif damage == "flipped":
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(content)
+    elif damage == "missing":
+        file.unlink()
+    else:
+        (newest / "checksums.json").unlink()
+    output = finish(again, "pretrain")
+    assert f"{newest.name} is not used: " in output
+    assert f"goes on after step {int(older.name.removeprefix('step-'))}, from" in output
+    assert facts(again.folder("pretrain")) == whole["pretrain"][0]
+
+
+def test_a_checkpoint_of_other_inputs_is_not_used(again: Server, whole: dict) -> None:
+    interrupt(again, "pretrain", whole)
+    done = again.run("pretrain", "pretrain.lr=1e-3")
+    assert done.code == 0, done.output
+    assert "is not used: it was made from other inputs" in done.output
+    assert "goes on" not in done.output
+
+
+def test_force_starts_from_nothing(again: Server, whole: dict) -> None:
+    interrupt(again, "pretrain", whole)
+    done = again.run("pretrain", "--force")
+    assert done.code == 0, done.output
+    assert "goes on" not in done.output
+    assert facts(again.folder("pretrain")) == whole["pretrain"][0]
+
+
+def test_a_second_process_is_refused(again: Server, whole: dict) -> None:
+    """Whichever stage it wants; and a killed process leaves no lock."""
+    shutil.rmtree(again.folder("ppo"))
+    other = Server(again.home)
+    try:
+        first = threading.Thread(
+            target=again.run, args=("ppo", "ppo.steps=500"), kwargs={"seconds": 8.0}
+        )
+        first.start()
+        while not (again.folder("ppo") / "metrics.jsonl").is_file():
+            pass
+        before = (again.folder("pretrain") / "stage.json").read_bytes()
+        done = other.run("pretrain", "pretrain.lr=1e-3")
+        assert first.is_alive()
+        first.join()
+    finally:
+        other.close()
+    assert done.code == 2
+    assert "another process is making a stage of this run" in done.output
+    assert (again.folder("pretrain") / "stage.json").read_bytes() == before
+    assert again.run("ppo").code == 0
