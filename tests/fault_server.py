@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -61,6 +62,8 @@ def _child(command: dict[str, Any], log: pathlib.Path) -> None:
         os.dup2(descriptor, 2)
         os.chdir(command["cwd"])
         os.environ.update(command.get("env", {}))
+        if command.get("file_bytes") is not None:  # like a full disk: no file grows beyond it
+            resource.setrlimit(resource.RLIMIT_FSIZE, (command["file_bytes"],) * 2)
         faults = _Faults(command.get("fault"), command.get("signal", signal.SIGKILL))
         stage = importlib.import_module("pipelines.stage")
         code = stage.main(command["arguments"])

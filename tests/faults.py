@@ -76,6 +76,7 @@ class Server:
         fault: tuple[int, str] | tuple[int, str, str] | None = None,
         seconds: float | None = None,
         signum: int = signal.SIGKILL,
+        file_bytes: int | None = None,
     ) -> Done:
         """Run a stage of the smallest recipe.
 
@@ -83,6 +84,7 @@ class Server:
             fault: the number of a fault point, and ``before``, ``during`` or ``after`` it; with a
                 name only calls of that name count.
             seconds: or the time after which the signal is sent.
+            file_bytes: no file can be larger, as if the disk were full.
         """
         given = {word.partition("=")[0] for word in more}
         usual = (*COMMON, *SETTINGS[stage])
@@ -94,6 +96,7 @@ class Server:
             "fault": fault,
             "seconds": seconds,
             "signal": int(signum),
+            "file_bytes": file_bytes,
         }
         assert self._process.stdin is not None
         assert self._process.stdout is not None

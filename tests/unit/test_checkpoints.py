@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from torch import nn
 from align import checkpoints
 from align.checkpoints import continue_folder, find_checkpoint, write_checkpoint
 from align.engine import Engine
-from align.errors import InputError, TrainingError
+from align.errors import InputError, RecipeError, TrainingError
 from align.lock import locked
+from align.recipe_io import load_recipe
 from align.recipe_ppo import Ppo
 from align.recipe_run import Run
 from align.state import (
@@ -192,6 +194,26 @@ def test_when_a_checkpoint_is_due(tmp_path, monkeypatch):
     assert ask("c", 9.0, [2.9, 3.0, 5.0], checkpoint_minutes=3.0) == [no, yes, no]
     assert ask("d", 9.0, [0, 0, 0, 0, 0], checkpoint_steps=2) == [no, yes, no, yes, no]
     assert ask("e", 0.0, [99.0], keep_checkpoints=0) == [no]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["run.checkpoint_steps=5", "run.checkpoint_minutes=5.0"],
+            "run.checkpoint_minutes=5.0: checkpoint_steps=5 says how often already; allowed: one",
+        ),
+        (
+            ["run.keep_checkpoints=0", "run.checkpoint_steps=5"],
+            "run.checkpoint_steps=5: keep_checkpoints=0 writes none; allowed with it: null",
+        ),
+        (["run.checkpoint_minutes=0"], "run.checkpoint_minutes=0: "),
+        (["run.keep_checkpoints=-1"], "run.keep_checkpoints=-1: "),
+    ],
+)
+def test_what_a_recipe_may_not_ask(overrides, expected):
+    with pytest.raises(RecipeError, match=re.escape(expected)):
+        load_recipe("miniature", overrides)
 
 
 def test_a_signal_waits_for_the_boundary_and_is_heard_there(tmp_path):
