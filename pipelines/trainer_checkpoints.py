@@ -1,8 +1,8 @@
 """Training by a transformers Trainer that goes on where it was interrupted, by our checkpoints.
 
-The trainer decides when it saves and loads what; how, is replaced: its own checkpoints hold all
-weights, frozen ones too, are pickled in part, may be half-written, and lack the sums since the
-last line of the log. In ours only what is trained is kept, for the rest is made anew the same.
+The trainer finds its place in the data again; what it writes and reads is replaced. Its own
+checkpoints hold frozen weights too, are pickled in part, may be half-written, and lack the sums
+since the last line of the log. Ours hold what is trained: all else is made anew, and the same.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def train_to_end(trainer: Trainer, job: StageJob) -> TrainerLog:
 
 
 class _Secured(TrainerCallback):
-    """Has the trainer save at the boundaries that ``Checkpoints`` chooses, and save as it does."""
+    """Has a trainer save at the boundaries that ``Checkpoints`` chooses, and go on from there."""
 
     def __init__(self, trainer: Trainer, checkpoints: Checkpoints) -> None:
         self._trainer, self._checkpoints = trainer, checkpoints
@@ -66,13 +66,14 @@ class _Secured(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
     ) -> None:
-        """Go on with the sums, which the trainer has just set to 0."""
+        """Go on with the sums, which the trainer has set to 0; log as often as the recipe says."""
+        state.compute_steps(args, state.max_steps)
         for name, value in self._state.pop("sums", {}).items():
             on_device = value.to(args.device) if isinstance(value, Tensor) else value
             setattr(self._trainer, name, on_device)
 
     def _save(self, *ignored: Any) -> None:
-        # The trainer asks a second time at the end of an epoch; only the first one writes.
+        # At the end of an epoch the trainer asks a second time, and is given nothing more.
         self._checkpoints.write(self._trainer.state.global_step, self._fill)
 
     def _fill(self, folder: Path) -> None:

@@ -15,6 +15,7 @@ from tests.fault_server import POINTS
 from tests.faults import SETTINGS, Server, facts
 
 STAGES = tuple(SETTINGS)
+LATER = {"pretrain": 5, "sft": 5, "reward": 7, "ppo": 3}  # what the last process goes on from
 KILLS = 120  # of the slow test, over all stages
 
 
@@ -56,13 +57,18 @@ def finish(server: Server, stage: str) -> str:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_stage_goes_on_bit_for_bit(again: Server, whole: dict, stage: str) -> None:
-    """Killed once while it writes a checkpoint, and once more after it has gone on."""
-    expected, points = whole[stage]
+    """Killed while it writes a checkpoint, and once more after it has gone on.
+
+    In the middle of the first epoch, then of the second, and after lines that no checkpoint covers.
+    """
     shutil.rmtree(again.folder(stage))
-    assert again.run(stage, fault=(points // 2, "during")).code == -signal.SIGKILL
-    assert again.run(stage, fault=(points // 4, "before")).code == -signal.SIGKILL
-    assert "goes on after step" in finish(again, stage)
-    assert facts(again.folder(stage)) == expected
+    third, later = (2, "during", "save_file"), (LATER[stage] - 2, "during", "save_file")
+    assert again.run(stage, fault=third).code == -signal.SIGKILL
+    second = again.run(stage, fault=later)
+    assert second.code == -signal.SIGKILL
+    assert "goes on after step 2, from" in second.output
+    assert f"goes on after step {LATER[stage]}, from" in finish(again, stage)
+    assert facts(again.folder(stage)) == whole[stage][0]
 
 
 @pytest.mark.slow
