@@ -262,6 +262,7 @@ def _prepare(options: argparse.Namespace, console: Console, signals: Signals) ->
         )
     directory = stages.stage_directory(recipe, stage)
     if not options.force and stages.why_not_done(recipe, stage) is None:
+        remove_checkpoints(directory)  # of a process that was killed at its very end
         _say(console, f"{stage}: finished and up to date in {directory}; --force redoes it")
         return None
     manifests.check_replaceable(directory)

@@ -21,6 +21,7 @@ ALLOWED = {
 # Of align, the launcher uses only what answers at once.
 LAUNCHER_MAY_USE = {
     "align",
+    "align.checkpoints",
     "align.errors",
     "align.manifest",
     "align.plan",

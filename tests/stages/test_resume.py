@@ -59,14 +59,15 @@ def finish(server: Server, stage: str) -> str:
 def test_a_killed_stage_goes_on_bit_for_bit(again: Server, whole: dict, stage: str) -> None:
     """Killed while it writes a checkpoint, and once more after it has gone on.
 
-    In the middle of the first epoch, then of the second, and after lines that no checkpoint covers.
+    In the middle of the first epoch, then of the second; logs and samples that no checkpoint covers
+    have been written by then.
     """
     shutil.rmtree(again.folder(stage))
-    third, later = (2, "during", "save_file"), (LATER[stage] - 2, "during", "save_file")
-    assert again.run(stage, fault=third).code == -signal.SIGKILL
+    at_step_2, later = (1, "during", "save_file"), (LATER[stage] - 1, "during", "save_file")
+    assert again.run(stage, fault=at_step_2).code == -signal.SIGKILL
     second = again.run(stage, fault=later)
     assert second.code == -signal.SIGKILL
-    assert "goes on after step 2, from" in second.output
+    assert "goes on after step 1, from" in second.output
     assert f"goes on after step {LATER[stage]}, from" in finish(again, stage)
     assert facts(again.folder(stage)) == whole[stage][0]
 
