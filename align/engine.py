@@ -12,6 +12,7 @@ from transformers import get_scheduler
 from align.errors import TrainingError
 from align.quantization import bitsandbytes
 from align.recipe_types import Optimisation, OptimizerName
+from align.state import State
 
 # The classes of bitsandbytes; "adamw" itself is PyTorch's.
 _BITSANDBYTES: dict[OptimizerName, str] = {
@@ -54,6 +55,20 @@ class Engine:
     def lr(self) -> float:
         """The learning rate of the first group."""
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def state(self) -> State:
+        """Return the state of optimiser and schedule; the parameters' values are not in it."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "step_count": self.step_count,
+        }
+
+    def load(self, state: State) -> None:
+        """Go on from what ``state`` has returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.step_count = state["step_count"]
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradient."""

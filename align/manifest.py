@@ -18,6 +18,7 @@ from align.recipe import StageName
 
 FILE = "stage.json"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 MARKS = (FILE, METRICS)  # what tells a stage's folder from any other
 
 

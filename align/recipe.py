@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from align.recipe_adapter import Adapter
 from align.recipe_ppo import Ppo
+from align.recipe_run import Run
 from align.recipe_types import (
     Fraction,
     FunctionName,
@@ -260,22 +261,6 @@ class Tracking(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     project: str = "align"
     entity: str | None = None
-
-
-class Parents(Section):
-    """Finished stages of other runs to build on: the folder that holds ``stage.json``."""
-
-    pretrain: str | None = None
-    sft: str | None = None
-    reward: str | None = None
-
-
-class Run(Section):
-    """Where results go, and on how many threads they are computed."""
-
-    root: str = "runs"
-    parents: Parents = Parents()
-    threads: Positive | None = None  # torch threads; null: torch decides. Results depend on it.
 
 
 class Recipe(Section):

@@ -15,7 +15,7 @@ _SECRET_WORDS = {"key", "apikey", "token", "secret", "password"}
 Mode = Literal["online", "offline", "disabled"]
 
 _INIT_TIMEOUT = 20.0  # seconds until a run without a network goes on offline
-FINISH_TIMEOUT = 60.0  # seconds for the last upload; what is missing then is still on disk
+_FINISH_TIMEOUT = 60.0  # seconds for the last upload; what is missing then is still on disk
 
 
 class WandbTracker:
@@ -45,11 +45,15 @@ class WandbTracker:
             _warn(f"tracking stopped: {type(error).__name__}: {error}")
 
 
-def start_tracker(recipe: Recipe, stage: StageName, directory: Path) -> WandbTracker:
+def start_tracker(
+    recipe: Recipe, stage: StageName, directory: Path, run_id: str | None = None
+) -> WandbTracker:
     """Start a W&B run for one stage; runs of one recipe share a group.
 
     Args:
         directory: the run directory; files go to ``directory/wandb``.
+        run_id: of the run to continue, None for a new one. Offline each part has a folder of its
+            own; they become one run where they are synchronised.
 
     Returns:
         A tracker; one that does nothing if tracking is off or cannot be started.
@@ -75,13 +79,15 @@ def start_tracker(recipe: Recipe, stage: StageName, directory: Path) -> WandbTra
                 dir=str(directory),
                 config=without_secrets(recipe.model_dump(mode="json")),
                 mode=attempt,
+                id=run_id,
+                resume="allow" if run_id is not None else None,
                 reinit="create_new",
                 settings=wandb.Settings(
                     silent=True,
                     console="off",
                     save_code=False,
                     init_timeout=_INIT_TIMEOUT,
-                    finish_timeout=FINISH_TIMEOUT,
+                    finish_timeout=_FINISH_TIMEOUT,
                 ),
             )
             return WandbTracker(run)

@@ -47,7 +47,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, as in ppo.lr=1e-5."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Redo what is up to date.")]
+Force = Annotated[bool, typer.Option("--force", help="Make stages from nothing, done or not.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be started, and why.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]

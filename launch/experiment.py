@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from align.checkpoints import remove_checkpoints
 from align.errors import AlignError, InputError
 from align.manifest import FILE as MANIFEST
 from align.manifest import check_replaceable, read_manifest
@@ -200,6 +201,8 @@ def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
         why = _why(experiment, stage)
         seconds = 0.0
         if why is None:
+            # Of a process that was killed at its very end.
+            remove_checkpoints(stage_directory(experiment.recipe, stage))
             settings.say(f"{stage}: up to date")
         else:
             if not experiment.ran:

@@ -4,15 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn, TextIO
 
-from align.tracking import FINISH_TIMEOUT
 from launch.command import Command
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# From the signal to the end: a tracker's last upload, and time for everything else.
-_LAST_SECONDS = FINISH_TIMEOUT + 30.0
 
 
 class Stopped(BaseException):
@@ -31,9 +29,7 @@ def catch_signals() -> None:
     def stop(signum: int, frame: FrameType | None) -> NoReturn:
         raise Stopped(signum)
 
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, stop)
+    _handle(stop)
 
 
 def run(command: Command, stdout: int | TextIO | None = None) -> int:
@@ -68,15 +64,17 @@ def _block_interrupts() -> None:
 
 
 def _end(process: subprocess.Popen[bytes], signum: int) -> None:
-    """Send the signal on and wait until the process has ended.
+    """Send the signal on, and those that come later, and wait until the process has ended.
 
+    A stage ends after its training step, however long that takes; a second signal ends it at once.
     A terminal's Ctrl-C has reached it without us; it takes two that come together for one.
     """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    _handle(lambda number, frame: process.send_signal(number))
     process.send_signal(signum)
-    try:
-        process.wait(_LAST_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    process.wait()
+
+
+def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)

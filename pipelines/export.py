@@ -32,8 +32,9 @@ from pipelines.process import (
     seed_generators,
     share_processors,
 )
+from pipelines.record import library_versions
 from pipelines.run_facts import Run, read_run
-from pipelines.stage import StageJob, library_versions
+from pipelines.stage import StageJob
 
 if TYPE_CHECKING:
     from pipelines.plain_checkpoint import Conversation, Written

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -10,6 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from align.recipe_ppo import Ppo
 from align.roles import Roles
+from align.state import State
 from pipelines.probe import Probe
 from pipelines.shaping import Outcome, ScoreScaler, worth
 
@@ -31,6 +33,14 @@ class BestPolicy:
         self._kept = [p.detach().to("cpu", copy=True) for p in self._parameters]
         return True
 
+    def state(self) -> State:
+        """Return the kept copy, and what is known of it."""
+        return {"step": self.step, "value": self.value, "kept": self._kept}
+
+    def load(self, state: State) -> None:
+        """Go on from what ``state`` has returned."""
+        self.step, self.value, self._kept = state["step"], state["value"], state["kept"]
+
     @torch.no_grad()
     def restore(self) -> None:
         """Put the kept values back into the parameters; before the first offer, change nothing."""
@@ -51,6 +61,15 @@ class PolicyEma:
         self._parameters = list(parameters)
         self._averages: list[Tensor] = [p.detach().float().clone() for p in self._parameters]
         self._average = get_ema_multi_avg_fn(decay)
+
+    def state(self) -> list[Tensor]:
+        """Return the averages."""
+        return self._averages
+
+    def load(self, state: list[Tensor]) -> None:
+        """Go on from what ``state`` has returned."""
+        for average, saved in zip(self._averages, state, strict=True):
+            average.copy_(saved)
 
     def update(self) -> None:
         """Take note of the parameters: ``average = decay * average + (1 - decay) * parameter``."""
@@ -90,6 +109,25 @@ class KeptPolicy:
         self._best_seen: Outcome | None = None
         self._best_metrics: dict[str, float] = {}
         self._ema = PolicyEma(policy, section.ema) if section.ema is not None else None
+
+    def state(self) -> State:
+        """Return the copies, and what the best one was judged by."""
+        return {
+            "best": self._best.state() if self._best is not None else None,
+            "best_seen": asdict(self._best_seen) if self._best_seen is not None else None,
+            "best_metrics": self._best_metrics,
+            "ema": self._ema.state() if self._ema is not None else None,
+        }
+
+    def load(self, state: State) -> None:
+        """Go on from what ``state`` has returned."""
+        if self._best is not None:
+            self._best.load(state["best"])
+        seen = state["best_seen"]
+        self._best_seen = Outcome(**seen) if seen is not None else None
+        self._best_metrics = state["best_metrics"]
+        if self._ema is not None:
+            self._ema.load(state["ema"])
 
     def after_update(self) -> None:
         """Take note of the policy after the updates of a rollout."""

@@ -23,13 +23,15 @@ from align.roles import Role, Roles
 from align.seeds import derive_seed
 from align.sequences import join
 from data.order import draw
+from data.records import Prompt
 from pipelines.load_roles import LoadedRoles, load_roles, usable_prompts
 from pipelines.memory_check import check_memory
 from pipelines.policy_copies import KeptPolicy
+from pipelines.ppo_state import PpoState
 from pipelines.probe import Probe
 from pipelines.ptx import Ptx
 from pipelines.rollout import Rollout, collect, now, passes
-from pipelines.scoring import ppo_scorer, reward_roles
+from pipelines.scoring import RewardScorer, ppo_scorer, reward_roles
 from pipelines.shaping import ScoreScaler, estimate
 from pipelines.stage import StageJob, StageResult
 from pipelines.stopping import Stopping
@@ -56,46 +58,74 @@ def run(job: StageJob) -> StageResult:
     updater = Updater(roles, engine, section, ptx=ptx, tolerance=tolerance)
     scaler, stopping = ScoreScaler(section.reward_scaling), Stopping(section)
     kept = KeptPolicy(section, roles, Probe(job, loaded, score), scaler)
-    frozen = _checksum(roles)
     kl_coef = section.kl.coef or section.kl.loss_coef
+    state = PpoState(engine, updater, scaler, stopping, kept, kl_coef)
+    frozen = _checksum(roles)
     _try_longest(recipe, loaded, engine, updater, longest)
-    job.log.start(section.steps)
+    _begin(job, state)
+    with job.signals.held():
+        _train(job, loaded, prompts, score, state, tolerance)
 
-    metrics = kept.look(0, {}, kl_coef)
-    job.log.log(0, metrics)
-    stopping.reason(0, metrics)  # what later looks are compared with
-    for step in range(1, section.steps + 1):
+    metrics = kept.settle(state.metrics) | {"steps": float(state.step)}
+    _check_frozen(roles, frozen)
+    return StageResult(metrics, _save(job, loaded), loaded.tokenizer, loaded.facts)
+
+
+def _begin(job: StageJob, state: PpoState) -> None:
+    """Go on from a checkpoint, or take the first look at the policy."""
+    assert job.recipe.ppo is not None
+    job.log.start(job.recipe.ppo.steps)
+    if job.checkpoints.found is not None:
+        state.load(job.checkpoints.found.path)
+        return
+    state.metrics = state.kept.look(0, {}, state.kl_coef)
+    job.log.log(0, state.metrics)
+    state.stopping.reason(0, state.metrics)  # what later looks are compared with
+
+
+def _train(
+    job: StageJob,
+    loaded: LoadedRoles,
+    prompts: list[Prompt],
+    score: RewardScorer,
+    state: PpoState,
+    tolerance: float,
+) -> None:
+    """Sample, score, estimate and update, from the step after the state's to the last."""
+    recipe, section, roles = job.recipe, job.recipe.ppo, loaded.roles
+    assert section is not None
+    updater, kept = state.updater, state.kept
+    for step in range(state.step + 1, section.steps + 1):
         started = now(roles.device)
-        rows = draw(len(prompts), (step - 1) * section.batch_size, section.batch_size, recipe.seed)
+        first = (step - 1) * section.batch_size
+        rows = draw(len(prompts), first, section.batch_size, recipe.seed)
         batch = [prompts[row] for row in rows]
         seed = derive_seed(recipe.seed, "rollout", step)
 
         rollout = collect(loaded, batch, score, section, seed=seed)
         if step == 1:
             _check_reference(rollout, _reference_tolerance(roles, tolerance))
-        estimates = estimate(rollout, section, kl_coef, scaler)
+        estimates = estimate(rollout, section, state.kl_coef, state.scaler)
         trains_policy = step > section.value.warmup_steps
         updates = updater.update(rollout, estimates, seed=seed, policy=trains_policy)
         kept.after_update()
 
         metrics = rollout.metrics() | estimates.metrics | updates
-        metrics |= score.take_metrics() | {"kl/coef": kl_coef, "lr": engine.lr}
+        metrics |= score.take_metrics() | {"kl/coef": state.kl_coef, "lr": state.engine.lr}
         metrics |= _costs(rollout, now(roles.device) - started)
-        kl_coef = _next_kl_coef(kl_coef, metrics["kl/mean"], section)
+        state.kl_coef = _next_kl_coef(state.kl_coef, metrics["kl/mean"], section)
         looked = step % section.probe_every == 0 or step == section.steps
         if looked:
-            metrics = kept.look(step, metrics, kl_coef)
-        reason = stopping.reason(step, metrics)
+            metrics = kept.look(step, metrics, state.kl_coef)
+        reason = state.stopping.reason(step, metrics)
         if reason is not None and not looked:
-            metrics = kept.look(step, metrics, kl_coef)
+            metrics = kept.look(step, metrics, state.kl_coef)
         job.log.log(step, metrics)
+        state.step, state.metrics = step, metrics
         if reason is not None:
             job.log.note(reason)
             break
-
-    metrics = kept.settle(metrics) | {"steps": float(step)}
-    _check_frozen(roles, frozen)
-    return StageResult(metrics, _save(job, loaded), loaded.tokenizer, loaded.facts)
+        job.checkpoints.boundary(step, state.save)
 
 
 def _load(job: StageJob, section: Ppo) -> LoadedRoles:

@@ -29,7 +29,8 @@ from data.render import Renderer, Tokens, render_all
 from data.tokenizer import prepare_tokenizer, train_tokenizer, training_text
 from pipelines.heldout import heldout_loss, perplexity
 from pipelines.stage import StageJob, StageResult
-from pipelines.trainer_log import connect, training_arguments
+from pipelines.trainer_checkpoints import train_to_end
+from pipelines.trainer_log import training_arguments
 
 _NO_LIMIT = 2**31
 
@@ -127,9 +128,7 @@ def _train(
         train_dataset=TensorDataset(blocks),
         data_collator=_collate,
     )
-    callback = connect(trainer, job.log)
-    trainer.train()
-    return callback.last
+    return train_to_end(trainer, job).last
 
 
 def _collate(rows: list[tuple[Tensor]]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from align.errors import AlignError, stopped_by
 from align.recipe import Recipe
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_ONE_SIGNAL_SECONDS = 3.0  # signals that come within this time count as one
+_ONE_SIGNAL_SECONDS = 1.0  # signals that come within this time count as one
 
 
 class Stopped(BaseException):
@@ -28,20 +28,58 @@ class Stopped(BaseException):
         self.signum = signum
 
 
+class Signals:
+    """Whether a signal has asked the process to end, and whether it has to wait with that."""
+
+    def __init__(self) -> None:
+        self._asked: int | None = None
+        self._held = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has come and waits."""
+        return self._asked is not None
+
+    def come(self, signum: int) -> None:
+        """Raise ``Stopped``; in ``held``, keep the signal until ``end_if_asked``."""
+        if not self._held:
+            raise Stopped(signum)
+        self._asked = signum
+        name = signal.Signals(signum).name
+        print(f"{name}: stopping after this step; the next one stops at once", file=sys.stderr)
+
+    def end_if_asked(self) -> None:
+        """Raise ``Stopped`` if a signal waits: now is a good moment."""
+        if self._asked is not None:
+            raise Stopped(self._asked)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Let signals wait: for training, which ends well at the boundaries of its steps only."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        self.end_if_asked()
+
+
 @contextlib.contextmanager
-def signals_as_exceptions() -> Iterator[None]:
+def signals_as_exceptions() -> Iterator[Signals]:
     """Turn the first SIGINT, SIGTERM or SIGHUP into ``Stopped``; a later one ends the process.
 
     What is ignored stays so: ``nohup`` and a shell's background jobs count on it. The launcher
     starts us with SIGINT blocked; one that came since ends the process here, nothing having begun.
     """
     first: float | None = None
+    signals = Signals()
 
     def stop(signum: int, frame: FrameType | None) -> None:
         nonlocal first
         if first is None:
             first = time.monotonic()
-            raise Stopped(signum)
+            signals.come(signum)
+            return
         # The launcher sends on what a terminal has sent to both of us.
         if time.monotonic() - first > _ONE_SIGNAL_SECONDS:
             signal.signal(signum, signal.SIG_DFL)
@@ -56,7 +94,7 @@ def signals_as_exceptions() -> Iterator[None]:
         print(stopped_by(stopped.signum), file=sys.stderr)
         sys.exit(128 + stopped.signum)
     try:
-        yield
+        yield signals
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():

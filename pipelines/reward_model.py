@@ -32,7 +32,8 @@ from data.records import Demonstration, Ranking, Record, as_demonstration
 from data.render import Renderer, Unusable, render_all
 from pipelines.memory_check import check_memory
 from pipelines.stage import StageJob, StageResult
-from pipelines.trainer_log import connect, num_steps, training_arguments
+from pipelines.trainer_checkpoints import train_to_end
+from pipelines.trainer_log import num_steps, training_arguments
 from reward.calibrate import center_on
 from reward.model import RewardModel, load_reward_model, new_reward_model, write_calibration
 from reward.ranking import count_rankings, pair_outcomes, ranking_loss, ranking_metrics
@@ -169,6 +170,7 @@ class RankingTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    SUMS = ("_right", "_pairs")  # what a checkpoint has to keep besides the trainer's own
 
     def __init__(self, *, margin: bool, order: SortedBatches, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -301,8 +303,7 @@ def _train(job: StageJob, model: RewardModel, tokens: Tokenized) -> int:
         data_collator=lambda rows: collate(rows, tokens.pad_id),
     )
     _try_longest(job.recipe, section, model, tokens)
-    connect(trainer, job.log)
-    trainer.train()
+    train_to_end(trainer, job)
     model.eval()
     return steps
 

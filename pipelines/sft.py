@@ -45,7 +45,8 @@ from data.tokenizer import prepare_tokenizer
 from pipelines.heldout import heldout_loss, perplexity
 from pipelines.memory_check import check_memory
 from pipelines.stage import StageJob, StageResult
-from pipelines.trainer_log import connect, num_steps, training_arguments
+from pipelines.trainer_checkpoints import train_to_end
+from pipelines.trainer_log import num_steps, training_arguments
 
 _SAMPLES_SHOWN = 16  # answers that go to samples.jsonl
 _PROBE_ROWS = 4  # rows on which the saved model is compared with the one in memory
@@ -77,10 +78,9 @@ def run(job: StageJob) -> StageResult:
     trainer = make_trainer(job, section, model, tokenizer, train)
     with separate_rows(trainer, base_model, section):
         try_longest(recipe, section, trainer)
-        callback = connect(trainer, job.log)
         share = trained_share(model, base_parameters)
         job.log.note(f"sft  {say_share(recipe.adapter.method, share)}")
-        trainer.train()
+        callback = train_to_end(trainer, job)
     model.eval()
     # First of all: what follows may run out of memory.
     folder = job.directory / "model"

@@ -60,6 +60,14 @@ class ScoreScaler:
         self._section = section
         self._moments = Moments()
 
+    def state(self) -> list[float]:
+        """Return the statistics as they stand."""
+        return list(self._moments)
+
+    def load(self, state: list[float]) -> None:
+        """Go on from what ``state`` has returned."""
+        self._moments = Moments(*state)
+
     def scale(self, scores: Tensor) -> Tensor:
         """Take note of a rollout's scores, ``[B]``, and return them scaled; once per rollout.
 

@@ -10,36 +10,37 @@ removed when it first uses ``StageJob.log``, and its manifest is written when al
 import argparse
 import importlib
 import json
-import os
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-import align
 from align import manifest as manifests
 from align import stages
+from align.checkpoints import Checkpoint, continue_folder, find_checkpoint, remove_checkpoints
 from align.errors import AlignError, DataError, InputError, ParentError, stopped_by
-from align.manifest import BaseFacts, DataFacts, Manifest, ParentFacts
+from align.lock import locked
+from align.manifest import BaseFacts, Manifest
 from align.metrics import MetricsLog, format_values
 from align.recipe import Recipe, StageName
 from align.recipe_io import dump_recipe, load_recipe
 from align.tracking import WandbTracker, start_tracker
 from data.load import LoadedData, load_records
+from pipelines.checkpointing import Checkpoints
 from pipelines.process import (
+    Signals,
     Stopped,
     quiet_libraries,
     seed_generators,
     share_processors,
     signals_as_exceptions,
 )
+from pipelines.record import now, write_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,15 +52,6 @@ _MODULES: dict[StageName, str] = {
     "ppo": "pipelines.ppo",
     "evaluate": "pipelines.evaluate",
 }
-_LIBRARIES: tuple[str, ...] = (
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-)
 
 
 @dataclass
@@ -84,7 +76,8 @@ class StageJob:
     """What a stage works with: the recipe, its checked parents and data, and where it writes.
 
     ``parents`` are the recipe's own stages, ``reward_models`` those of other runs, by the folder
-    as the recipe spells it: both as they were when the stage began.
+    as the recipe spells it: both as they were when the stage began. ``inputs_sha256`` is of all
+    that decides the result; see ``align.stages``.
     """
 
     recipe: Recipe
@@ -94,28 +87,62 @@ class StageJob:
     data: dict[str, LoadedData]
     console: Console
     reward_models: dict[str, Manifest] = field(default_factory=dict)
+    inputs_sha256: str = ""
+    force: bool = False  # start from nothing, whatever checkpoints there are
+    signals: Signals = field(default_factory=Signals)
     tracker: WandbTracker | None = None
     # Per data section: how many rows could be tokenised, and why others were dropped.
     tokenised: dict[str, tuple[int, Counter[str]]] = field(default_factory=dict)
     _log: MetricsLog | None = None
+    _checkpoints: Checkpoints | None = None
 
     @property
     def log(self) -> MetricsLog:
         """The metrics log. Its first use removes the stage's earlier result and saves the recipe.
 
-        So a stage uses it after its last check, and before it writes anything else.
+        What a checkpoint covers that the stage can go on from stays. So a stage uses it after its
+        last check, and before it writes anything else.
         """
         if self._log is None:
             self._log = self._begin()
         return self._log
 
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The stage's checkpoints, and what it goes on from; to be used as ``log`` is."""
+        _ = self.log
+        assert self._checkpoints is not None
+        return self._checkpoints
+
     def _begin(self) -> MetricsLog:
-        manifests.begin_folder(self.directory)
+        found = None if self.force else self._find_checkpoint()
+        if found is None:
+            manifests.begin_folder(self.directory)
+        else:
+            continue_folder(self.directory, found)
         run = stages.run_directory(self.recipe)
         for folder in (self.directory, run):
             (folder / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
-        self.tracker = start_tracker(self.recipe, self.stage, run)
+        wandb_id = found.facts.wandb_id if found is not None else None
+        self.tracker = start_tracker(self.recipe, self.stage, run, wandb_id)
+        self._checkpoints = Checkpoints(
+            self.directory,
+            self.recipe.run,
+            found,
+            inputs_sha256=self.inputs_sha256,
+            wandb_id=self.tracker.id or wandb_id,
+            signals=self.signals,
+        )
         return MetricsLog(self.directory, self.tracker, self.console, self.stage)
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        def say(text: str) -> None:
+            _say(self.console, f"{self.stage}  {text}")
+
+        found = find_checkpoint(self.directory, self.inputs_sha256, say)
+        if found is not None:
+            say(f"goes on after step {found.facts.step}, from {found.path}")
+        return found
 
     def parent_folder(self, stage: StageName) -> Path:
         """Return the folder of a parent stage: the one that holds its ``stage.json``."""
@@ -183,7 +210,7 @@ class StageJob:
     def sample(self, rows: list[dict[str, Any]]) -> None:
         """Append rows to ``samples.jsonl``."""
         _ = self.log
-        with (self.directory / "samples.jsonl").open("a", encoding="utf-8") as file:
+        with (self.directory / manifests.SAMPLES).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def close(self, exit_code: int) -> None:
@@ -200,11 +227,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     job: StageJob | None = None
     code = 1
-    with signals_as_exceptions():
+    with signals_as_exceptions() as signals:
         try:
-            job = _prepare(options, console)
+            job = _prepare(options, console, signals)
             if job is not None:
-                _run(job)
+                with locked(stages.run_directory(job.recipe)):
+                    _run(job)
             code = 0
         except Stopped as stopped:
             _say(console, f"{options.stage}: {stopped_by(stopped.signum)}")
@@ -220,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _prepare(options: argparse.Namespace, console: Console) -> StageJob | None:
+def _prepare(options: argparse.Namespace, console: Console, signals: Signals) -> StageJob | None:
     """Check everything that can be checked without torch; None if there is nothing to do."""
     stage: StageName = options.stage
     recipe = load_recipe(options.recipe, options.overrides)
@@ -234,6 +262,7 @@ def _prepare(options: argparse.Namespace, console: Console) -> StageJob | None:
         )
     directory = stages.stage_directory(recipe, stage)
     if not options.force and stages.why_not_done(recipe, stage) is None:
+        remove_checkpoints(directory)  # of a process that was killed at its very end
         _say(console, f"{stage}: finished and up to date in {directory}; --force redoes it")
         return None
     manifests.check_replaceable(directory)
@@ -242,94 +271,35 @@ def _prepare(options: argparse.Namespace, console: Console) -> StageJob | None:
     data = load_records(recipe, stage)
     for name, loaded in data.items():
         _say(console, _summary(stage, name, loaded))
-    return StageJob(recipe, stage, directory, parents, data, console, reward_models)
+    return StageJob(
+        recipe,
+        stage,
+        directory,
+        parents,
+        data,
+        console,
+        reward_models,
+        # Now, before the parents can change under a long run.
+        inputs_sha256=stages.inputs_sha256(recipe, stage, parents, reward_models),
+        force=options.force,
+        signals=signals,
+    )
 
 
 def _run(job: StageJob) -> None:
     """Run the stage's module and record what it made."""
-    started = _now()
-    # Before the parents can change under a long run.
-    inputs_sha256 = stages.inputs_sha256(job.recipe, job.stage, job.parents, job.reward_models)
+    started = now()
     share_processors()
     quiet_libraries()
     seed_generators(job.recipe)
     module = importlib.import_module(_MODULES[job.stage])
     result: StageResult = module.run(job)
     _say(job.console, f"{job.stage}  done  {_final(result.metrics)}")
-    _write_manifest(job, result, inputs_sha256, started)
-
-
-def _write_manifest(job: StageJob, result: StageResult, inputs_sha256: str, started: str) -> None:
-    from data.tokenizer import end_ids, template_sha256, tokenizer_sha256
-
     for name, (_, dropped) in job.tokenised.items():
         if dropped:
             _say(job.console, f"{job.stage}  {name}  dropped as tokens: {_reasons(dropped)}")
-    pad_id = result.tokenizer.pad_token_id
-    assert isinstance(pad_id, int)
-    manifest = Manifest(
-        stage=job.stage,
-        name=job.recipe.name,
-        seed=job.recipe.seed,
-        recipe_sha256=stages.recipe_sha256(job.recipe, job.stage),
-        inputs_sha256=inputs_sha256,
-        code_version=align.__version__,
-        versions=library_versions(job.recipe),
-        base=result.base,
-        tokenizer_sha256=tokenizer_sha256(result.tokenizer),
-        template_sha256=template_sha256(result.tokenizer),
-        pad_id=pad_id,
-        eos_ids=tuple(end_ids(result.tokenizer)),
-        parents=_parent_facts(job),
-        data=_data_facts(job),
-        metrics=result.metrics,
-        outputs=manifests.sha256_outputs(job.directory, result.outputs),
-        wandb_id=job.tracker.id if job.tracker is not None else None,
-        started=started,
-        finished=_now(),
-    )
-    manifests.write_manifest(job.directory, manifest)
-
-
-def library_versions(recipe: Recipe) -> dict[str, str]:
-    """Return the versions of Python and of the libraries that the recipe's stages run on."""
-    names = _LIBRARIES
-    if recipe.base.quantization != "none":
-        names += ("bitsandbytes",)
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
-
-
-def _parent_facts(job: StageJob) -> tuple[ParentFacts, ...]:
-    """Return the recipe's own stages that this one was made from, and the other reward models."""
-    made_from = [(name, job.parent_folder(name), made, True) for name, made in job.parents.items()]
-    for folder, made in job.reward_models.items():
-        made_from.append(("reward", Path(folder), made, False))
-    return tuple(
-        ParentFacts(
-            stage=name,
-            path=os.path.relpath(folder, job.directory),
-            sha256=made.outputs_sha256(),
-            in_chain=in_chain,
-        )
-        for name, folder, made, in_chain in made_from
-    )
-
-
-def _data_facts(job: StageJob) -> tuple[DataFacts, ...]:
-    """Return the facts of all sources, and of each section whose rows tokenising has reduced."""
-    facts = [fact for loaded in job.data.values() for fact in loaded.facts]
-    for name, (kept, dropped) in job.tokenised.items():
-        if dropped:
-            facts.append(
-                DataFacts(
-                    id=f"{name} as tokens",
-                    rows=kept + dropped.total(),
-                    sha256="",
-                    kept=kept,
-                    dropped=dict(dropped),
-                )
-            )
-    return tuple(facts)
+    write_record(job, result, started)
+    remove_checkpoints(job.directory)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -339,7 +309,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("stage", choices=stages.STAGES)
     parser.add_argument("recipe", help="a recipe file, or the name of a shipped one")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--force", action="store_true", help="redo a finished stage")
+    parser.add_argument("--force", action="store_true", help="make the stage from nothing")
     parser.add_argument("--debug", action="store_true", help="show stack traces")
     return parser
 
@@ -372,10 +342,6 @@ def _final(metrics: dict[str, float]) -> str:
 
 def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,14 @@ class Stopping:
         self._kl_stop, self._limits = section.kl.stop, section.stop
         self._best: tuple[float, float] | None = None  # held-out reward, and the score beside it
 
+    def state(self) -> list[float] | None:
+        """Return what later looks are compared with."""
+        return list(self._best) if self._best is not None else None
+
+    def load(self, state: list[float] | None) -> None:
+        """Go on from what ``state`` has returned."""
+        self._best = (state[0], state[1]) if state is not None else None
+
     def reason(self, step: int, metrics: dict[str, float]) -> str | None:
         """Return why training has to end at this step, or None; to be asked at every step.
 

@@ -52,7 +52,7 @@ class Updater:
         self._ptx, self._tolerance = ptx, tolerance
         self._policy = roles.role_parameters("policy")
         self._critic = roles.role_parameters("value")
-        self._ptx_steps = 0
+        self.ptx_steps = 0  # batches of language modelling so far
 
     def update(
         self, rollout: Rollout, estimates: Estimates, *, seed: int, policy: bool = True
@@ -202,10 +202,10 @@ class Updater:
         assert self._ptx is not None
         assert self._section.ptx is not None
         total = 0.0
-        for loss in self._ptx.losses(self._roles, self._ptx_steps):
+        for loss in self._ptx.losses(self._roles, self.ptx_steps):
             self._engine.backward(self._section.ptx.coef * loss)
             total += float(loss.detach())
-        self._ptx_steps += 1
+        self.ptx_steps += 1
         return total
 
     def _check_ratio(self, error: float) -> None:

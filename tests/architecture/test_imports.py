@@ -21,6 +21,7 @@ ALLOWED = {
 # Of align, the launcher uses only what answers at once.
 LAUNCHER_MAY_USE = {
     "align",
+    "align.checkpoints",
     "align.errors",
     "align.manifest",
     "align.plan",
@@ -33,13 +34,14 @@ LAUNCHER_MAY_USE = {
     "align.recipe",
     "align.recipe_io",
     "align.stages",
-    "align.tracking",
 }
 
 WITHOUT_TORCH = [
     "align",
+    "align.checkpoints",
     "align.errors",
     "align.fingerprints",
+    "align.lock",
     "align.manifest",
     "align.plan",
     "align.plan_changes",

@@ -14,9 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from align import tracking
-from launch import processes
-
 ROOT = Path(__file__).resolve().parents[2]
 
 STAGE = """
@@ -435,7 +432,18 @@ def test_a_stage_has_the_time_to_upload_what_it_logged(place: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert (errors, process.returncode) == ("sft: stopped by 2\n", 130)
-    assert processes._LAST_SECONDS > tracking.FINISH_TIMEOUT
+
+
+def test_a_second_interrupt_reaches_the_stage_and_ends_it_at_once(place: Path) -> None:
+    process = start(place, "run", "r.yaml", HANG="sft", UPLOAD="50")
+    assert process.stderr is not None
+    assert process.stderr.readline() == "hanging\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)  # longer than what counts as one signal
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert "error: stopped by SIGINT" in errors
+    assert process.returncode == 130
 
 
 def test_a_stage_hears_an_interrupt_only_when_it_listens(place: Path) -> None:

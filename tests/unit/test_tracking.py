@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,6 +43,31 @@ def test_offline_run_holds_what_was_logged(tmp_path):
     config = offline_wandb.config(tmp_path / "wandb")
     assert 'name="test"' in config
     assert "<|pad|>" not in config  # its name has a secret's word in it
+
+
+def test_a_resumed_stage_continues_its_run(tmp_path, monkeypatch):
+    """Offline every part has a file of its own, with the same id and its own steps."""
+    first = start_tracker(recipe(), "sft", tmp_path / "a")
+    first.log(1, {"loss": 2.5})
+    first.finish(143)
+    second = start_tracker(recipe(), "sft", tmp_path / "b", first.id)
+    second.log(2, {"loss": 2.0})
+    second.finish(0)
+    assert second.id == first.id
+    assert offline_wandb.history(tmp_path / "a" / "wandb") == [{"step": 1, "loss": 2.5}]
+    assert offline_wandb.history(tmp_path / "b" / "wandb") == [{"step": 2, "loss": 2.0}]
+
+    import wandb
+
+    asked = []
+    run = SimpleNamespace(id="x")
+    monkeypatch.setattr(wandb, "init", lambda **settings: asked.append(settings) or run)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    start_tracker(recipe(), "sft", tmp_path, "x")
+    start_tracker(recipe(), "sft", tmp_path)
+    settings = [(s["mode"], s["id"], s["resume"]) for s in asked]
+    assert settings == [("online", "x", "allow"), ("online", None, None)]
 
 
 def test_secrets_stay_out():

@@ -1,0 +1,68 @@
+"""Everything of a PPO run that changes from step to step: one thing to save and to go on from."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from align.engine import Engine
+from align.state import (
+    copy_into,
+    generators_state,
+    load_state,
+    save_state,
+    set_generators_state,
+)
+from pipelines.policy_copies import KeptPolicy
+from pipelines.shaping import ScoreScaler
+from pipelines.stopping import Stopping
+from pipelines.update import Updater
+
+
+@dataclass
+class PpoState:
+    """Where training stands between two rollouts.
+
+    Prompts and samples need no place: they are drawn by seed and step. Reference and reward models
+    are frozen, and the probe always asks the same.
+    """
+
+    engine: Engine
+    updater: Updater
+    scaler: ScoreScaler
+    stopping: Stopping
+    kept: KeptPolicy
+    kl_coef: float
+    step: int = 0  # the last that is done
+    metrics: dict[str, float] = field(default_factory=dict)  # its own
+
+    def save(self, folder: Path) -> None:
+        """Write all of it, and the random generators: a reward function may draw from them."""
+        trained = enumerate(self.engine.parameters)
+        save_state(
+            folder,
+            {
+                "step": self.step,
+                "metrics": self.metrics,
+                "kl_coef": self.kl_coef,
+                "parameters": {str(number): parameter for number, parameter in trained},
+                "engine": self.engine.state(),
+                "ptx_steps": self.updater.ptx_steps,
+                "scaler": self.scaler.state(),
+                "stopping": self.stopping.state(),
+                "kept": self.kept.state(),
+                "generators": generators_state(),
+            },
+        )
+
+    def load(self, folder: Path) -> None:
+        """Go on from what was saved."""
+        state = load_state(folder)
+        self.step, self.metrics = state["step"], state["metrics"]
+        self.kl_coef = state["kl_coef"]
+        trained = enumerate(self.engine.parameters)
+        copy_into({str(number): p for number, p in trained}, state["parameters"])
+        self.engine.load(state["engine"])
+        self.updater.ptx_steps = state["ptx_steps"]
+        self.scaler.load(state["scaler"])
+        self.stopping.load(state["stopping"])
+        self.kept.load(state["kept"])
+        set_generators_state(state["generators"])
