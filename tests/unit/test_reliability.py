@@ -62,7 +62,7 @@ def test_the_diagram_by_hand() -> None:
 
 def test_brier_score_by_hand() -> None:
     ln3 = math.log(3)
-    assert brier_score(torch.tensor([ln3, -ln3])) == pytest.approx((0.25**2 + 0.75**2) / 2)
+    assert brier_score(torch.tensor([ln3, ln3, -ln3])) == pytest.approx((2 * 0.25**2 + 0.75**2) / 3)
     assert brier_score(torch.zeros(5)) == 0.25
 
 

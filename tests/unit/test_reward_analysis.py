@@ -144,6 +144,29 @@ def test_probes_are_built_from_the_best_answer() -> None:
     assert probe_response("other_prompt", 0, rows[:2], 7) is None
 
 
+def test_probes_are_compared_with_the_best_answer() -> None:
+    rows = [
+        RankedTokens(
+            [5], ([7, END], [9, END], [8, END]), Ranking(HI, tuple("abc"), (0.0, 1.0, 2.0))
+        ),
+        RankedTokens([6], ([7, END], [8, END]), Ranking(HI, ("a", "b"), (0.0, 1.0))),
+        RankedTokens([7], ([8, END], [7, END]), Ranking(HI, ("a", "b"), (1.0, 0.0))),
+    ]
+    # The best ones score 2, an answer given twice 3, and an empty one 1, but 2 to the last prompt.
+    known = {(8, END): 2.0, (8, 8, END): 3.0, (END,): 1.0}
+
+    def score(given: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+        found = [known.get(tuple(answer), 0.0) for _, answer in given]
+        last = [p == [7] and answer == [END] for p, answer in given]
+        return torch.tensor(found) + torch.tensor(last).float()
+
+    metrics = measure(score, rows, rows, max_response_tokens=9, note=lambda text: None)
+    assert metrics["probe_wins/empty"] == pytest.approx(0.5 / 3)  # equal counts half
+    assert metrics["probe_wins/repeated"] == 1.0
+    assert "probe_wins/truncated" not in metrics
+    assert "probe_wins/other_prompt" not in metrics
+
+
 def test_a_probe_that_beats_the_chosen_answer_is_named() -> None:
     metrics = {"accuracy": 0.7, "probe_wins/empty": 0.5, "probe_wins/empty/low": 0.4}
     (found,) = warnings(metrics)
