@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from align.recipe_adapter import Adapter
 from align.recipe_ppo import Ppo
+from align.recipe_reward import Label, Reward
 from align.recipe_run import Run
 from align.recipe_types import (
     Fraction,
@@ -104,8 +105,9 @@ class Source(Section):
     ] = "auto"
     # Our field -> their column; a dotted path reaches into a row: "instances.0.output".
     columns: dict[str, str] = Field(default_factory=dict)
-    # For labelled_pairs: the label as it stands in the file -> which response is better.
-    labels: dict[str, Literal["first", "second", "tie"]] = Field(default_factory=dict)
+    # For labelled_pairs: the label as it stands in the file -> which response is better, and where
+    # the label says so, how much.
+    labels: dict[str, Label] = Field(default_factory=dict)
     rows: Positive | None = None  # the first so many rows only
 
     @model_validator(mode="after")
@@ -163,6 +165,8 @@ class Data(Section):
     sft: StageData | None = None
     reward: StageData | None = None
     prompts: StageData | None = None
+    # Subset -> rankings that the evaluation tests the reward model on; rows may name their own.
+    benchmark: dict[str, Source] = Field(default_factory=dict)
 
 
 class SmallLlama(Section):
@@ -216,14 +220,6 @@ class Sft(Optimisation):
     epochs: PositiveFloat = 1.0
     packing: bool = False
     samples: NotNegative = 64  # answers sampled at the end, for the EOS rate
-
-
-class Reward(Optimisation):
-    """The ranking reward model. ``batch_size`` counts prompts, each with all its responses."""
-
-    epochs: PositiveFloat = 1.0
-    margin: bool = False  # subtract the rows' margin inside the loss (Llama 2, eq. 2)
-    center_on: Literal["demonstrations", "none"] = "demonstrations"
 
 
 class Evaluate(Section):
@@ -325,6 +321,9 @@ class Recipe(Section):
             needed = "needs the demonstrations of data.sft; allowed without them: none"
             problems.append(("reward.center_on", needed))
         has_model = self.reward or self.run.parents.reward
+        if self.data.benchmark and not has_model:
+            needed = "tests a reward model: needs a reward section or run.parents.reward"
+            problems.append(("data.benchmark", needed))
         if self.ppo and self.ppo.needs_reward_stage and not has_model:
             needed = "needs a reward section, run.parents.reward, or a function as ppo.reward"
             problems.append(("ppo.reward", needed))
@@ -335,6 +334,8 @@ class Recipe(Section):
         problems = adapter.problems_with_base(
             base.dtype, base.quantization, base.gradient_checkpointing
         )
+        if self.reward:
+            problems += self.reward.problems_with_adapter(adapter.method)
         if self.ppo:
             problems += adapter.problems_in_ppo(self.ppo.layout, self.ppo.value.layout)
         if adapter.method == "prefix" and self.sft and self.sft.packing:

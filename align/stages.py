@@ -153,6 +153,9 @@ def stage_data(recipe: Recipe, stage: StageName) -> dict[str, StageData]:
     if stage == "ppo" and recipe.ppo is not None and recipe.ppo.ptx is not None:
         names += (recipe.ppo.ptx.source,)
     sections = {name: getattr(recipe.data, name) for name in names}
+    if stage == "evaluate":
+        benchmark = recipe.data.benchmark.items()
+        sections |= {f"benchmark.{name}": StageData(train=(s,)) for name, s in benchmark}
     return {name: data for name, data in sections.items() if data is not None}
 
 

@@ -27,14 +27,16 @@ from data.world import world_records
 
 INVALID = "invalid"  # what malformed rows are counted under where data.bad_rows is drop
 _LISTED = 20
+_ROWS_LISTED = 5  # of those dropped for one reason
 
 # What the stages that read a section need.
 _NEEDS: dict[str, str] = {
     "sft": "answers",
     "reward": "ranked responses",
     "prompts": "prompts",
+    "benchmark": "ranked responses",
 }
-_STAGE_OF = {"prompts": "ppo"}
+_STAGE_OF = {"prompts": "ppo", "benchmark": "evaluate"}
 _HOLDS: dict[type, str] = {
     Text: "plain text",
     Prompt: "prompts only",
@@ -54,12 +56,22 @@ class LoadedData:
 
 @dataclass(frozen=True, slots=True)
 class _SourceRows:
-    """What one source gave; ``faults`` are messages that begin with ``file:row``."""
+    """What one source gave; ``faults`` are messages that begin with ``file:row``.
+
+    ``dropped``: the numbers of the rows by reason; ``judged_twice``: of rankings with a text twice.
+    """
 
     records: list[Record]
     rows: int
-    dropped: Counter[str]
+    dropped: dict[str, list[str]]
+    judged_twice: list[str]
     faults: list[str]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many rows were dropped for which reason."""
+        counts = {reason: len(rows) for reason, rows in self.dropped.items()}
+        return counts | ({INVALID: len(self.faults)} if self.faults else {})
 
 
 # (file:row, the record or why there is none); a reader is called with a source, its place and id.
@@ -69,6 +81,8 @@ _Reader = Callable[[Source, str, str], Iterable[_Row]]
 
 def load_records(recipe: Recipe, stage: StageName) -> dict[str, LoadedData]:
     """Read the data of a stage: ``{"pretrain" | "sft" | "reward" | "prompts": LoadedData}``.
+
+    The evaluation also reads ``benchmark.<subset>``, with all of its rows under ``train``.
 
     pretrain takes any record, sft demonstrations (of a ranking its best response), reward rankings,
     prompts prompts (of a richer record its beginning). Remarks (dropped rows, duplicates, prompts
@@ -129,21 +143,26 @@ def _load_sections(
         for part, sources in (("train", data.train), ("heldout", data.heldout)):
             for i, source in enumerate(sources):
                 place = f"data.{section}.{part}[{i}]"
+                if _kind(section) == "benchmark":
+                    place = f"data.{section}"
                 fingerprint = source_fingerprint(recipe, source)
                 name = fingerprint["id"]
                 found = _convert_rows(read(source, place, name), section, place, name)
                 parts[part] += found.records
                 kept = len(found.records)
                 facts.append(
-                    DataFacts(
-                        **fingerprint, rows=found.rows, kept=kept, dropped=dict(found.dropped)
-                    )
+                    DataFacts(**fingerprint, rows=found.rows, kept=kept, dropped=found.counts)
                 )
                 if found.faults and recipe.data.bad_rows == "refuse":
                     faults += found.faults
                     continue
                 if found.faults:
                     say(_listed(found.faults))
+                if found.judged_twice:
+                    say(
+                        f"{place} ({name}): {len(found.judged_twice)} rankings hold a text twice"
+                        f" with different scores, whose mean counts ({_rows(found.judged_twice)})"
+                    )
                 _check_dropped(recipe, place, name, found, say)
         train, heldout = tuple(parts["train"]), tuple(parts["heldout"])
         loaded[section] = LoadedData(train, heldout, tuple(facts))
@@ -156,7 +175,8 @@ def _load_sections(
 
 
 def _convert_rows(rows: Iterable[_Row], section: str, place: str, name: str) -> _SourceRows:
-    dropped: Counter[str] = Counter()
+    dropped: dict[str, list[str]] = {}
+    judged_twice: list[str] = []
     faults: list[str] = []
     kept: list[Record] = []
     unfit: Counter[type] = Counter()
@@ -164,24 +184,34 @@ def _convert_rows(rows: Iterable[_Row], section: str, place: str, name: str) -> 
     for origin, result in rows:
         total += 1
         record = result if isinstance(result, Exception) else _convert(result, section)
+        number = origin.rpartition(":")[2]
+        if isinstance(result, Ranking) and result.judged_twice:
+            judged_twice.append(number)
         if isinstance(record, Dropped):
-            dropped[record.reason] += 1
+            dropped.setdefault(record.reason, []).append(number)
         elif isinstance(record, Fault):
             faults.append(f"{origin}: {record}")
         elif isinstance(record, _Unfit):
             unfit[record.kind] += 1
-            fault = Fault("row", _HOLDS[record.kind], _NEEDS[section], "correct or remove the row")
+            fault = Fault(
+                "row", _HOLDS[record.kind], _NEEDS[_kind(section)], "correct or remove the row"
+            )
             faults.append(f"{origin}: {fault}")
         else:
             assert not isinstance(record, Exception)
             kept.append(replace(record, origin=origin))
     if unfit and not kept:
         held = " and ".join(sorted(_HOLDS[kind] for kind in unfit))
-        stage = _STAGE_OF.get(section, section)
-        raise DataError(f"{place} ({name}) holds {held}; the {stage} stage needs {_NEEDS[section]}")
-    if faults:
-        dropped[INVALID] += len(faults)
-    return _SourceRows(kept, total, dropped, faults)
+        stage = _STAGE_OF.get(_kind(section), section)
+        raise DataError(
+            f"{place} ({name}) holds {held}; the {stage} stage needs {_NEEDS[_kind(section)]}"
+        )
+    return _SourceRows(kept, total, dropped, judged_twice, faults)
+
+
+def _kind(section: str) -> str:
+    """Return ``benchmark`` for ``benchmark.<subset>``; of any other section, its name."""
+    return section.partition(".")[0]
 
 
 class _Unfit(Exception):
@@ -215,7 +245,7 @@ def _convert(record: Record, section: str) -> Record | _Unfit:
         return record
     if section == "sft" and isinstance(record, Demonstration | Ranking):
         return as_demonstration(record)
-    if section == "reward" and isinstance(record, Ranking):
+    if _kind(section) in ("reward", "benchmark") and isinstance(record, Ranking):
         return record
     if section == "prompts" and not isinstance(record, Text):
         return as_prompt(record)
@@ -225,10 +255,13 @@ def _convert(record: Record, section: str) -> Record | _Unfit:
 def _check_dropped(
     recipe: Recipe, place: str, name: str, found: _SourceRows, say: Callable[[str], None]
 ) -> None:
-    total = found.dropped.total()
+    total = sum(found.counts.values())
     if not total:
         return
-    reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(found.dropped.items()))
+    reasons = ", ".join(
+        f"{reason} {n}" + (f" ({_rows(found.dropped[reason])})" if reason in found.dropped else "")
+        for reason, n in sorted(found.counts.items())
+    )
     counts = f"{place} ({name}): {total} of {found.rows} rows dropped: {reasons}"
     share = total / found.rows
     if not found.records:
@@ -239,6 +272,11 @@ def _check_dropped(
             " allows; correct the file, or raise data.max_dropped to go on without these rows"
         )
     say(counts)
+
+
+def _rows(numbers: list[str]) -> str:
+    more = ", ..." if len(numbers) > _ROWS_LISTED else ""
+    return f"row{'s'[: len(numbers) > 1]} {', '.join(numbers[:_ROWS_LISTED])}{more}"
 
 
 def _listed(faults: list[str]) -> str:

@@ -6,6 +6,8 @@ record's beginning is a prompt), so that one file can feed several stages; ``as_
 
 from dataclasses import dataclass, field
 
+from align.recipe_reward import Strength
+
 ROLES = ("system", "user", "assistant")
 
 
@@ -46,14 +48,21 @@ class Ranking:
     """A prompt and K >= 2 responses with a score each: higher is better, equal is a tie.
 
     A chosen/rejected pair is the ranking with scores (1, 0). ``margin`` says how much better the
-    best is, in the unit of the reward model's scores (Llama 2, section 3.2.2).
+    best is, in the unit of the reward model's scores (Llama 2, section 3.2.2), and ``strength``
+    says so in words. ``votes``: the scores are numbers or shares of annotators, each of whom
+    preferred one response. ``judged_twice``: a text stood in the row more than once, with different
+    scores; what is here is their mean, of votes their sum.
     """
 
     messages: tuple[Message, ...]
     responses: tuple[str, ...]
     scores: tuple[float, ...]
     margin: float | None = None
+    strength: Strength | None = None
+    votes: bool = False
+    subset: str | None = None  # of the benchmark that the row is from
     origin: str = field(default="", compare=False)
+    judged_twice: bool = field(default=False, compare=False)
 
 
 Record = Text | Prompt | Demonstration | Ranking

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from align.errors import DataError
 from align.recipe import Source
+from align.recipe_reward import STRENGTHS, Strength
 from data.conversations import (
     MISSING,
     Dropped,
@@ -119,51 +120,115 @@ def _pairs(row: Fields, source: Source) -> Record:
             "0 or more: how much better chosen is",
             "correct or remove the row",
         )
-    return _ranking(prompt, (chosen, rejected), (1.0, 0.0), margin)
+    agreement = _agreement(row)
+    scores = (1.0, 0.0) if agreement is None else (agreement, 1 - agreement)
+    return _ranking(
+        prompt,
+        (chosen, rejected),
+        scores,
+        margin=margin,
+        strength=_strength(row),
+        votes=agreement is not None,
+        subset=row.optional_text("subset") or None,
+    )
+
+
+def _agreement(row: Fields) -> float | None:
+    """Return the share of a pair's annotators who preferred chosen, if the row has it."""
+    share = row.optional_number("agreement")
+    if share is not None and not 0.5 <= share <= 1:
+        raise Fault(
+            row.name("agreement"),
+            describe(share),
+            "0.5 to 1: the share of annotators who preferred chosen",
+            "correct the row, or swap its responses",
+        )
+    return share
+
+
+def _strength(row: Fields) -> Strength | None:
+    """Return how much better a pair's chosen response is, if the row has it in words."""
+    text = row.optional_text("strength")
+    if not text:
+        return None
+    for strength in STRENGTHS:
+        if text == strength:
+            return strength
+    allowed = f"one of {', '.join(STRENGTHS)}"
+    raise Fault(row.name("strength"), describe(text), allowed, "correct or remove the row")
 
 
 def _labelled_pairs(row: Fields, source: Source) -> Record:
     label = row.take("label")
-    better = source.labels.get(_label_text(label))
-    if better is None:
-        allowed = ", ".join(source.labels) or "none"
-        raise Fault(
-            row.name("label"), describe(label), f"one of labels ({allowed})", "add it to labels"
-        )
+    if label == []:
+        raise Fault(row.name("label"), "an empty list", "a label or several", "remove the row")
+    several = label if isinstance(label, list) else [label]
+    judged = [_judgement(row, source, one) for one in several]
     text = row.optional_text("input") if "input" in row.columns else ""
     given = join_input(row.text("prompt"), text) if text else row.take("prompt")
     prompt = read_prompt(given, row.name("prompt"))
     first, second = (
         read_response(row.take(key), prompt, row.name(key)) for key in ("first", "second")
     )
-    scores = {"first": (1.0, 0.0), "second": (0.0, 1.0), "tie": (0.0, 0.0)}[better]
-    return _ranking(prompt, (first, second), scores)
+    return _ranking(
+        prompt,
+        (first, second),
+        (sum(votes[0] for votes, _ in judged), sum(votes[1] for votes, _ in judged)),
+        strength=judged[0][1] if len(judged) == 1 else None,
+        votes=isinstance(label, list),
+    )
+
+
+def _judgement(
+    row: Fields, source: Source, label: object
+) -> tuple[tuple[float, float], Strength | None]:
+    """Return the votes for first and second that a label stands for, and how strong it is."""
+    meaning = source.labels.get(_label_text(label))
+    if meaning is None:
+        allowed = ", ".join(source.labels) or "none"
+        raise Fault(
+            row.name("label"), describe(label), f"one of labels ({allowed})", "add it to labels"
+        )
+    better, _, words = meaning.partition(" ")
+    votes = {"first": (1.0, 0.0), "second": (0.0, 1.0), "tie": (0.5, 0.5)}[better]
+    return votes, next((strength for strength in STRENGTHS if strength == words), None)
 
 
 def _rankings(row: Fields, source: Source) -> Record:
     prompt = read_prompt(row.take("prompt"), row.name("prompt"))
     if row.get("candidates") is MISSING:
-        texts, scores = _parallel_lists(row)
+        kind = _kind_of_numbers(row, "scores", "ranks", "votes")
+        texts, numbers = _parallel_lists(row, kind)
     else:
         places = enumerate(row.several("candidates"))
         items = [row.inside(item, f"candidates[{i}]") for i, item in places]
-        by_rank = "score" not in row.columns and items[0].get("rank") is not MISSING
+        kind = _kind_of_numbers(items[0], "score", "rank", "votes")
         texts = [item.text("text") for item in items]
-        scores = [-item.number("rank") if by_rank else item.number("score") for item in items]
-    return _ranking(prompt, tuple(texts), tuple(scores))
+        numbers = [item.number(kind) for item in items]
+    if kind == "votes" and min(numbers) < 0:
+        raise Fault(row.name(kind), describe(min(numbers)), "0 or more votes", "correct the row")
+    scores = tuple(-value if kind.startswith("rank") else value for value in numbers)
+    return _ranking(prompt, tuple(texts), scores, votes=kind == "votes")
 
 
-def _parallel_lists(row: Fields) -> tuple[list[str], list[float]]:
-    by_rank = row.get("ranks") is not MISSING
-    texts, numbers = row.several("responses"), row.several("ranks" if by_rank else "scores")
-    name = row.name("ranks" if by_rank else "scores")
+def _kind_of_numbers(row: Fields, score: str, rank: str, votes: str) -> str:
+    """Return which field says how good a response is: one that columns maps, else one there is."""
+    for kind in (score, rank, votes):
+        if kind in row.columns:
+            return kind
+    return next((kind for kind in (votes, rank) if row.get(kind) is not MISSING), score)
+
+
+def _parallel_lists(row: Fields, kind: str) -> tuple[list[str], list[float]]:
+    texts, numbers = row.several("responses"), row.several(kind)
+    name = row.name(kind)
     if len(numbers) != len(texts):
         raise Fault(name, describe(numbers), f"{len(texts)} numbers, as responses", "complete it")
     values = [expect_number(value, f"{name}[{i}]") for i, value in enumerate(numbers)]
     responses = row.name("responses")
     return (
         [expect_string(text, f"{responses}[{i}]").strip() for i, text in enumerate(texts)],
-        [-value if by_rank else value for value in values],
+        values,
     )
 
 
@@ -190,11 +255,14 @@ _SHAPES: dict[str, tuple[_Reader, tuple[str, ...]]] = {
     "alpaca": (_alpaca, ("instruction", "input", "output", "system", "history")),
     "prompt_completion": (_prompt_completion, ("prompt", "completion")),
     "transcript_pairs": (_transcript_pairs, ("chosen", "rejected")),
-    "pairs": (_pairs, ("prompt", "chosen", "rejected", "margin")),
+    "pairs": (
+        _pairs,
+        ("prompt", "chosen", "rejected", "margin", "strength", "agreement", "subset"),
+    ),
     "labelled_pairs": (_labelled_pairs, ("prompt", "input", "first", "second", "label")),
     "ranking": (
         _rankings,
-        ("prompt", "responses", "scores", "ranks", "candidates", "text", "rank", "score"),
+        ("prompt", "responses", "scores", "ranks", "votes", "candidates", "text", "rank", "score"),
     ),
     "prompts": (_prompts, ("prompt", "messages")),
     "text": (_text, ("text",)),
@@ -291,22 +359,36 @@ def _ranking(
     prompt: tuple[Message, ...],
     responses: tuple[str, ...],
     scores: tuple[float, ...],
+    *,
     margin: float | None = None,
+    strength: Strength | None = None,
+    votes: bool = False,
+    subset: str | None = None,
 ) -> Record:
     if not prompt[-1].content:
         raise Dropped("empty_prompt")
     if not all(responses):
         raise Dropped("empty_response")
-    # A text that is given twice has two judgements of one response: their mean.
+    # A text that is given twice has two judgements of one response: their mean, of votes all.
     judged: dict[str, list[float]] = {}
     for response, score in zip(responses, scores, strict=True):
         judged.setdefault(response, []).append(score)
     if len(judged) < 2:
         raise Dropped("identical_responses")
-    means = tuple(sum(values) / len(values) for values in judged.values())
-    if len(set(means)) == 1:
+    joined = tuple(sum(v) / (1 if votes else len(v)) for v in judged.values())
+    if len(set(joined)) == 1:
         raise Dropped("all_tied")
-    return Ranking(prompt, tuple(judged), means, margin)
+    differs = any(len(set(values)) > 1 for values in judged.values())
+    return Ranking(
+        prompt,
+        tuple(judged),
+        joined,
+        margin,
+        strength,
+        votes=votes,
+        subset=subset,
+        judged_twice=differs,
+    )
 
 
 def _label_text(label: object) -> str:

@@ -73,6 +73,15 @@ class Bar:
 
 
 @dataclass(frozen=True, slots=True)
+class Reliability:
+    """Pairs that a model is about equally sure of: mean probability, share right, how many."""
+
+    said: float
+    right: float
+    pairs: float
+
+
+@dataclass(frozen=True, slots=True)
 class Probe:
     """One look at the policy during PPO. ``distance`` is the root of its KL to the SFT model."""
 
@@ -161,6 +170,26 @@ def interval_chart(bars: Sequence[Bar], *, chance: float, name: str) -> str:
         axes.set_xlim(min(0.4, min(ends) - 0.05), max(0.9, min(1.0, max(ends) + 0.05)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value * 100:.0f} %")
         axes.set_xlabel("share of pairs ordered alike; dashed: guessing")
+        return _svg(figure, name)
+
+
+def reliability_chart(bins: Sequence[Reliability], *, name: str) -> str:
+    """Draw how often a model is right over how sure it says it is; larger dots hold more pairs."""
+    with _chart(420, 250) as (figure, (axes,)):
+        axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        most = max(part.pairs for part in bins)
+        axes.plot([b.said for b in bins], [b.right for b in bins], color=SFT, alpha=0.35)
+        axes.scatter(
+            [part.said for part in bins],
+            [part.right for part in bins],
+            s=[10 + 90 * part.pairs / most for part in bins],
+            color=SFT,
+        )
+        axes.set_ylim(min(0.4, *(part.right for part in bins)) - 0.03, 1.03)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value * 100:.0f} %")
+        axes.set_xlabel("probability that the model gives its choice; dashed: right as often")
+        axes.set_ylabel("right")
         return _svg(figure, name)
 
 

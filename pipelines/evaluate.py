@@ -27,18 +27,18 @@ from pipelines.answers import (
     answer,
     answer_metrics,
 )
+from pipelines.benchmark import RenderedRanking, measure_benchmark
 from pipelines.heldout import perplexity, role_loss
 from pipelines.load_roles import LoadedRoles, load_roles, usable_prompts
 from pipelines.rollout import Scorer, as_chat
 from pipelines.scoring import RewardScorer, ppo_scorer, reward_roles
 from pipelines.stage import StageJob, StageResult
 from pipelines.win_rate import bootstrap, wins
-from reward.ranking import calibration_error, pair_outcomes, share_with_interval
+from reward.ranking import pair_outcomes, share_with_interval
+from reward.reliability import calibration_error
 
 # Metrics of a model stand under its name; these would be mistaken for a category's.
 _RESERVED = {"mean", "low", "high"}
-
-RenderedRanking = tuple[Ranking, list[list[int]]]  # with the token ids of its responses
 
 
 def run(job: StageJob) -> StageResult:
@@ -75,6 +75,11 @@ def run(job: StageJob) -> StageResult:
     metrics |= _win_rate(answers, section.bootstrap, seed)
     if rankings:
         metrics |= _reward_accuracy(loaded, rankings, section, gold)
+    if "reward" in job.parents:
+        found = measure_benchmark(
+            job, loaded.renderer, lambda rows: _score(loaded, rows, section.batch_size)
+        )
+        metrics |= {f"reward/{key}": value for key, value in found.items()}
     if num_selected_on:
         job.log.note(
             f"evaluate  PPO has selected its policy on {num_selected_on} of the prompts; give more"

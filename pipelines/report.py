@@ -25,6 +25,7 @@ from pipelines.charts import COLORS, MODEL_NAMES, Line
 from pipelines.curves import CURVES, Curve
 from pipelines.process import exit_code
 from pipelines.results import decimal
+from pipelines.reward_card import reward_card
 from pipelines.run_facts import Run, StageFacts, read_run
 from pipelines.samples import examples
 
@@ -149,11 +150,14 @@ def _probe_section(run: Run) -> dict[str, Any] | None:
 
 
 def _reward_section(run: Run) -> dict[str, Any] | None:
-    card = results.reward_card(run)
+    card = reward_card(run)
     if card is None:
         return None
     chart = charts.interval_chart(card.bars, chance=0.5, name="Agreement on held-out pairs")
-    return {"chart": Markup(chart), "sentences": card.sentences, "bars": card.bars}
+    diagram = None
+    if card.reliability:
+        diagram = Markup(charts.reliability_chart(card.reliability, name="Reliability diagram"))
+    return {"card": card, "chart": Markup(chart), "diagram": diagram}
 
 
 def _curve_sections(run: Run) -> list[dict[str, Any]]:

@@ -4,10 +4,10 @@ Every statement is computed from the metrics of the run; what was not measured i
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipelines.charts import BASE, MODEL_NAMES, PPO, Bar, Probe
+from pipelines.charts import MODEL_NAMES, Probe
 from pipelines.run_facts import Run, StageFacts
 
 NBSP, ARROW = "\u00a0", "\u2192"
@@ -60,14 +60,6 @@ class Row:
     label: str
     note: str
     cells: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class RewardCard:
-    """How far the reward model can be trusted."""
-
-    sentences: tuple[str, ...]
-    bars: tuple[Bar, ...]
 
 
 _ROWS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
@@ -142,7 +134,7 @@ def headline(run: Run, num_prompts: int) -> Headline:
                 f" {number(before)} (base) to {number(after)} (SFT)."
             )
     if "accuracy" in reward:
-        interval = _interval(reward, "accuracy", percent)
+        interval = written_interval(reward, "accuracy", percent)
         figures.append(Figure("Reward-model accuracy", percent(reward["accuracy"]), interval))
     if not sentences:
         done = [stage for stage, facts in run.items() if facts.manifest]
@@ -153,7 +145,7 @@ def headline(run: Run, num_prompts: int) -> Headline:
 
 
 def reward_metrics(run: Run) -> dict[str, float]:
-    """Return the reward model's metrics: the evaluation's, else those that it was trained with."""
+    """Return the reward model's metrics: its stage's, and what only the evaluation knows."""
     trained = run["reward"].final() if "reward" in run else {}
     prefix = "reward/"
     evaluated = {
@@ -161,43 +153,7 @@ def reward_metrics(run: Run) -> dict[str, float]:
         for key, value in evaluation(run).items()
         if key.startswith(prefix)
     }
-    return trained | evaluated
-
-
-def reward_card(run: Run) -> RewardCard | None:
-    """Describe the reward model's accuracy beside what needs no model; None without one."""
-    metrics = reward_metrics(run)
-    if "accuracy" not in metrics:
-        return None
-    accuracy, longer = metrics["accuracy"], metrics.get("accuracy/longer_wins")
-    low, high = metrics.get("accuracy/low"), metrics.get("accuracy/high")
-    bars = [Bar("model orders as labels do", accuracy, low, high)]
-    pairs = f" {metrics['pairs']:.0f}" if "pairs" in metrics else ""
-    interval = f" ({_interval(metrics, 'accuracy', percent)})" if low is not None else ""
-    sentences = [
-        f"On{pairs} held-out pairs it orders {percent(accuracy)} as their labels do{interval}."
-    ]
-    if longer is not None:
-        bars.append(Bar("longer answer wins", longer, color=BASE))
-        rule = max(longer, 1 - longer)
-        beyond = low is not None and low > rule
-        verdict = "so it knows more than length" if beyond else "which this does not clearly beat"
-        shorter = "longer" if longer >= 0.5 else "shorter"
-        sentences.append(f"Choosing the {shorter} answer gets {percent(rule)}, {verdict}.")
-    if "accuracy/gold" in metrics:
-        bars.append(Bar("model orders as gold does", metrics["accuracy/gold"], color=PPO))
-    if "labels/gold" in metrics:
-        bars.append(Bar("labels order as gold does", metrics["labels/gold"], color=BASE))
-        sentences.append(
-            f"The labels themselves agree with gold on {percent(metrics['labels/gold'])} of pairs:"
-            " a model that followed gold perfectly would agree with the labels that often."
-        )
-    if "calibration/ece" in metrics:
-        sentences.append(
-            "Where it gives a pair a probability, it is off by"
-            f" {percent(metrics['calibration/ece'])} on average (expected calibration error)."
-        )
-    return RewardCard(tuple(sentences), tuple(bars))
+    return evaluated | trained
 
 
 def probes(run: Run) -> list[Probe]:
@@ -238,12 +194,13 @@ def _cell(
     if value is None:
         return "", ""
     group = f"{model}/{key.removesuffix('/mean')}"
-    return write(value), _interval(metrics, group, write, short=True)
+    return write(value), written_interval(metrics, group, write, short=True)
 
 
-def _interval(
-    metrics: dict[str, float], group: str, write: Callable[[float], str], short: bool = False
+def written_interval(
+    metrics: Mapping[str, float], group: str, write: Callable[[float], str], short: bool = False
 ) -> str:
+    """Write the 90 % interval of a metric; nothing where it has none. ``short``: only its ends."""
     low, high = metrics.get(f"{group}/low"), metrics.get(f"{group}/high")
     if low is None or high is None:
         return ""
@@ -274,7 +231,8 @@ def _change(
             verdict = "PPO made the answers better." if low > 0.5 else "PPO made them worse."
         sentences.append(
             f"By {judge}, PPO's answer beats SFT's on {percent(metrics['ppo/win_rate/mean'])} of"
-            f" prompts ({_interval(metrics, 'ppo/win_rate', percent)}; ties count half). {verdict}"
+            f" prompts ({written_interval(metrics, 'ppo/win_rate', percent)}; ties count half)."
+            f" {verdict}"
         )
     if key != "gold/mean":
         sentences.append(
@@ -298,10 +256,10 @@ def _worse_categories(metrics: dict[str, float]) -> list[str]:
 def _change_figures(metrics: dict[str, float], key: str, label: str, judge: str) -> list[Figure]:
     value = f"{decimal(metrics[f'sft/{key}'])} {ARROW} {decimal(metrics[f'ppo/{key}'])}"
     group = key.removesuffix("/mean")
-    interval = _interval(metrics, f"ppo/{group}", decimal)
+    interval = written_interval(metrics, f"ppo/{group}", decimal)
     figures = [Figure(f"{label}, SFT {ARROW} PPO", value, interval and f"PPO: {interval}")]
     if "ppo/win_rate/mean" in metrics:
-        interval = _interval(metrics, "ppo/win_rate", percent)
+        interval = written_interval(metrics, "ppo/win_rate", percent)
         rate = percent(metrics["ppo/win_rate/mean"])
         figures.append(Figure("PPO beats SFT", rate, f"by {judge}; {interval}"))
     if "ppo/kl/mean" in metrics:

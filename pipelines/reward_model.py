@@ -7,7 +7,6 @@ of InstructGPT, and is then shifted so that the demonstrations score 0 on averag
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -25,46 +24,28 @@ from align.models import (
     recipe_base_facts,
     recompute_activations,
 )
-from align.recipe import Recipe, Reward
+from align.recipe import Recipe
+from align.recipe_reward import Reward
 from align.seeds import derive_seed
 from data.order import SortedBatches
 from data.records import Demonstration, Ranking, Record, as_demonstration
-from data.render import Renderer, Unusable, render_all
+from data.render import Renderer, render_all
 from pipelines.memory_check import check_memory
+from pipelines.ranked_tokens import Batch, RankedTokens, collate, ranked_tokens
+from pipelines.reward_loss import check_columns, margin_of, output_head, reward_loss
+from pipelines.reward_report import measure
 from pipelines.stage import StageJob, StageResult
 from pipelines.trainer_checkpoints import train_to_end
 from pipelines.trainer_log import num_steps, training_arguments
+from reward.analysis import warnings
 from reward.calibrate import center_on
 from reward.model import RewardModel, load_reward_model, new_reward_model, write_calibration
-from reward.ranking import count_rankings, pair_outcomes, ranking_loss, ranking_metrics
-from reward.scorer import pad_rows, score_rows
+from reward.ranking import count_rankings, pair_outcomes
+from reward.scorer import Row, score_rows
 
 CENTERING_ROWS = 512  # demonstrations that fix the zero of the scores
-TRAIN_ACCURACY_ROWS = 512  # rankings that show how much was learned by heart
 PROBE_ROWS = 16  # demonstrations or responses on which the saved model is compared with the live
 RELOAD_TOLERANCE = 1e-5
-
-Batch = dict[str, Tensor]
-Row = tuple[list[int], list[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class RankedTokens:
-    """One ranking as token ids: the responses end with the end-of-turn id."""
-
-    prompt: list[int]
-    responses: tuple[list[int], ...]
-    targets: tuple[float, ...]  # higher is better
-    margin: float | None
-
-    def rows(self) -> list[Row]:
-        """Return a row to score for each response."""
-        return [(self.prompt, response) for response in self.responses]
-
-    @property
-    def width(self) -> int:
-        """Tokens of the longest row."""
-        return len(self.prompt) + max(map(len, self.responses))
 
 
 @dataclass(frozen=True)
@@ -90,15 +71,16 @@ def run(job: StageJob) -> StageResult:
 
     start = load_causal_lm(recipe, location if is_adapter(sft) else str(sft))
     base_parameters = start.num_parameters()
+    lm_head = output_head(start) if section.aux_lm_coef else None
     seed = derive_seed(recipe.seed, "reward", "head")
     model = new_reward_model(start, recipe.adapter, sft, seed)
     check_trained(model.classifier, recipe.adapter.method)
     share = trained_share(model.classifier, base_parameters)
-    del start  # its output embeddings are not needed
+    del start  # its output embeddings are not needed, or kept as lm_head
     if recipe.base.gradient_checkpointing:
         recompute_activations(model.backbone)
     job.log.note(f"reward  {say_share(recipe.adapter.method, share)}")
-    steps = _train(job, model, tokens)
+    steps = _train(job, model, tokens, lm_head)
     # First of all: what follows may run out of memory.
     folder = job.directory / "model"
     model.save(folder, location, facts.revision)
@@ -111,8 +93,16 @@ def run(job: StageJob) -> StageResult:
         model.head.shift.fill_(calibration.shift)
         model.head.scale.fill_(calibration.scale)
         write_calibration(folder, calibration.shift, calibration.scale)
-    metrics = _measure(score, tokens) | share
+    metrics = share | measure(
+        score,
+        tokens.train,
+        tokens.heldout,
+        max_response_tokens=recipe.data.max_response_tokens,
+        note=job.log.note,
+    )
     job.log.log(steps, metrics)
+    for warning in warnings(metrics):
+        job.log.note(f"reward  warning: PPO could exploit this: {warning}")
 
     probe = (tokens.demonstrations or tokens.train[0].rows())[:PROBE_ROWS]
     expected = score(probe)
@@ -121,45 +111,6 @@ def run(job: StageJob) -> StageResult:
     gc.collect()
     check_reload(recipe, location, folder, probe, expected, tokens.pad_id, batch_size=batch_size)
     return StageResult(metrics, ("model",), tokenizer, facts)
-
-
-def ranked_tokens(renderer: Renderer, ranking: Ranking) -> RankedTokens:
-    """Render a ranking: the prompt as PPO will see it, each response up to its end of turn.
-
-    Raises:
-        Unusable: a response is too long, or two with different scores are the same tokens: such a
-            pair teaches nothing and biases the accuracy.
-    """
-    responses = tuple(renderer.response(ranking.messages, text) for text in ranking.responses)
-    judged = zip(responses, ranking.scores, strict=True)
-    for (first, first_score), (second, second_score) in combinations(judged, 2):
-        if first == second and first_score != second_score:
-            raise Unusable("identical_responses")
-    return RankedTokens(
-        renderer.prompt(ranking.messages), responses, ranking.scores, ranking.margin
-    )
-
-
-def collate(rows: Sequence[RankedTokens], pad_id: int) -> Batch:
-    """Flatten rankings to one row per response.
-
-    Returns:
-        ``input_ids`` and ``attention_mask`` ``[N, T]``, ``groups`` and ``targets`` ``[N]`` as in
-        ``reward.ranking``, and ``margins`` ``[len(rows)]``, NaN where a ranking has none.
-    """
-    flat = [prompt + response for row in rows for prompt, response in row.rows()]
-    input_ids, attention_mask = pad_rows(flat, pad_id)
-    counts = torch.tensor([len(row.responses) for row in rows])
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "groups": torch.arange(len(rows)).repeat_interleave(counts),
-        # Only compared; float32 would make ties of scores such as 16777216 and 16777217.
-        "targets": torch.tensor([t for row in rows for t in row.targets], dtype=torch.float64),
-        "margins": torch.tensor(
-            [float("nan") if row.margin is None else row.margin for row in rows]
-        ),
-    }
 
 
 class RankingTrainer(Trainer):
@@ -172,9 +123,11 @@ class RankingTrainer(Trainer):
     loss_is_scaled_for_ga = True
     SUMS = ("_right", "_pairs")  # what a checkpoint has to keep besides the trainer's own
 
-    def __init__(self, *, margin: bool, order: SortedBatches, **arguments: Any) -> None:
+    def __init__(
+        self, *, section: Reward, order: SortedBatches, lm_head: nn.Module | None, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
-        self._margin, self._order = margin, order
+        self._section, self._order, self._lm_head = section, order, lm_head
         self._right, self._pairs = 0.0, 0  # since the last log line
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -191,16 +144,12 @@ class RankingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return this micro batch's share of the optimiser step's ranking loss."""
-        scores = model(inputs["input_ids"], inputs["attention_mask"])
-        groups, targets = inputs["groups"], inputs["targets"]
-        loss = ranking_loss(
-            scores,
-            groups,
-            targets,
-            margins=inputs["margins"] if self._margin else None,
-            num_rankings=num_items_in_batch,
+        """Return this micro batch's share of the optimiser step's loss."""
+        assert isinstance(model, RewardModel)
+        loss, scores = reward_loss(
+            self._section, model, inputs, lm_head=self._lm_head, num_rankings=num_items_in_batch
         )
+        groups, targets = inputs["groups"], inputs["targets"]
         outcomes, _ = pair_outcomes(scores.detach(), groups, targets)
         self._right += outcomes.sum().item()
         self._pairs += outcomes.numel()
@@ -244,18 +193,20 @@ def check_reload(
 
 
 def _tokenize(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
-    limits = job.recipe.data
+    limits, section = job.recipe.data, job.recipe.reward
+    assert section is not None
     renderer = Renderer(tokenizer, limits.max_prompt_tokens, limits.max_response_tokens)
 
     def render(record: Record) -> RankedTokens:
         assert isinstance(record, Ranking)
-        return ranked_tokens(renderer, record)
+        return ranked_tokens(renderer, record, margin_of(section, record))
 
     train, dropped = render_all(job.data["reward"].train, render)
     heldout, heldout_dropped = render_all(job.data["reward"].heldout, render)
     job.check_dropped("reward", len(train) + len(heldout), dropped + heldout_dropped)
     if not train:
         raise InputError("data.reward: no training row is left once tokenised")
+    check_columns(section, train)
     assert isinstance(tokenizer.pad_token_id, int)
     demonstrations = _demonstrations(job, renderer)
     return Tokenized(train, heldout, demonstrations, tokenizer.pad_token_id)
@@ -281,14 +232,15 @@ def _demonstrations(job: StageJob, renderer: Renderer) -> list[Row]:
     return rows
 
 
-def _train(job: StageJob, model: RewardModel, tokens: Tokenized) -> int:
+def _train(job: StageJob, model: RewardModel, tokens: Tokenized, lm_head: nn.Module | None) -> int:
     """Train in place; return the number of optimiser steps."""
     section = job.recipe.reward
     assert section is not None
     steps = num_steps(len(tokens.train), section, section.epochs)
     seed = derive_seed(job.recipe.seed, "reward", "training")
     trainer = RankingTrainer(
-        margin=section.margin,
+        section=section,
+        lm_head=lm_head,
         order=SortedBatches([row.width for row in tokens.train], section.batch_size, seed),
         model=model,
         args=training_arguments(
@@ -302,13 +254,19 @@ def _train(job: StageJob, model: RewardModel, tokens: Tokenized) -> int:
         train_dataset=tokens.train,
         data_collator=lambda rows: collate(rows, tokens.pad_id),
     )
-    _try_longest(job.recipe, section, model, tokens)
+    _try_longest(job.recipe, section, model, tokens, lm_head)
     train_to_end(trainer, job)
     model.eval()
     return steps
 
 
-def _try_longest(recipe: Recipe, section: Reward, model: RewardModel, tokens: Tokenized) -> None:
+def _try_longest(
+    recipe: Recipe,
+    section: Reward,
+    model: RewardModel,
+    tokens: Tokenized,
+    lm_head: nn.Module | None,
+) -> None:
     """Go once through the longest micro-batch there is; see ``pipelines.memory_check``."""
 
     count = section.micro_batch_size or section.batch_size
@@ -317,10 +275,9 @@ def _try_longest(recipe: Recipe, section: Reward, model: RewardModel, tokens: To
     def step() -> Tensor:
         batch = collate(longest, tokens.pad_id)
         model.train()
-        scores: Tensor = model(
-            batch["input_ids"].to(compute_device()), batch["attention_mask"].to(compute_device())
-        )
-        return scores.sum()
+        batch = {name: values.to(compute_device()) for name, values in batch.items()}
+        loss, _ = reward_loss(section, model, batch, lm_head=lm_head, num_rankings=None)
+        return loss
 
     rows = sum(len(ranking.responses) for ranking in longest)
     what = f"{rows} responses of up to {max(row.width for row in longest)} tokens"
@@ -334,26 +291,3 @@ def _scorer(model: RewardModel, batch_size: int, pad_id: int) -> Callable[[Seque
         )
 
     return score
-
-
-def _measure(score: Callable[[Sequence[Row]], Tensor], tokens: Tokenized) -> dict[str, float]:
-    metrics = _metrics(score, tokens.heldout)
-    train = _metrics(score, tokens.train[:TRAIN_ACCURACY_ROWS])
-    if "accuracy" in train:
-        metrics["accuracy/train"] = train["accuracy"]
-    return metrics
-
-
-def _metrics(
-    score: Callable[[Sequence[Row]], Tensor], rankings: Sequence[RankedTokens]
-) -> dict[str, float]:
-    if not rankings:
-        return {}
-    counts = torch.tensor([len(ranking.responses) for ranking in rankings])
-    rows = [row for ranking in rankings for row in ranking.rows()]
-    return ranking_metrics(
-        score(rows),
-        torch.arange(len(rankings)).repeat_interleave(counts),
-        torch.tensor([t for ranking in rankings for t in ranking.targets], dtype=torch.float64),
-        torch.tensor([len(response) for _, response in rows]),
-    )

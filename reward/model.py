@@ -194,13 +194,17 @@ class RewardModel(nn.Module):
         Returns:
             ``[B]`` float32.
         """
+        return self.score(self.states(input_ids, attention_mask), attention_mask)
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the backbone's last hidden states ``[B, T, H]`` of such rows."""
         seen, positions = attention_mask.long(), position_ids(attention_mask)
         prefix: dict[str, Any] = {}
         if isinstance(self.classifier, PeftModel) and _is_prefix(self.classifier):
             count = self.classifier.active_peft_config.num_virtual_tokens
             prefix = {"past_key_values": self.classifier.get_prompt(len(seen))}
             seen, positions = F.pad(seen, (count, 0), value=1), positions + count
-        hidden = self.backbone(
+        hidden: Tensor = self.backbone(
             input_ids=input_ids,
             attention_mask=seen,
             position_ids=positions,
@@ -208,7 +212,11 @@ class RewardModel(nn.Module):
             return_dict=True,
             **prefix,
         ).last_hidden_state
-        scores: Tensor = self.head(last_hidden(hidden, attention_mask))
+        return hidden
+
+    def score(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the scores ``[B]`` that the states ``[B, T, H]`` of rows stand for."""
+        scores: Tensor = self.head(last_hidden(states, attention_mask))
         return scores
 
     def save(self, folder: Path, base: str, revision: str | None) -> None:

@@ -38,15 +38,22 @@ def strict_pairs(groups: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return better, worse
 
 
-def pair_losses(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
-    """Return ``-log sigmoid(chosen - rejected - margin)`` for every pair, in float32.
+def pair_losses(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, share: Tensor | None = None
+) -> Tensor:
+    """Return the negative log-likelihood of every pair's outcome, in float32.
 
-    The Bradley-Terry likelihood that the chosen response wins; ``margin`` is Llama 2's (Touvron et
-    al. 2023, eq. 2). Two equal scores give ln 2.
+        d = chosen - rejected - margin
+        loss = -share log sigmoid(d) - (1 - share) log sigmoid(-d)
+
+    By Bradley-Terry the chosen response wins with probability sigmoid(d); ``margin`` is Llama 2's
+    (Touvron et al. 2023, eq. 2). With a ``share`` below 1 the loss is least at
+    d = log(share / (1 - share)), not at infinity. Two equal scores give ln 2.
 
     Args:
         chosen, rejected: ``[M]`` scores.
         margin: ``[M]``, how far apart the scores of a pair should at least be; None: 0.
+        share: ``[M]`` in [0, 1], how often the chosen response is the better one; None: always.
 
     Returns:
         ``[M]`` float32.
@@ -54,7 +61,9 @@ def pair_losses(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) 
     difference = chosen.float() - rejected.float()
     if margin is not None:
         difference = difference - margin.float()
-    return -F.logsigmoid(difference)
+    if share is None:
+        return -F.logsigmoid(difference)
+    return -share * F.logsigmoid(difference) - (1 - share) * F.logsigmoid(-difference)
 
 
 def ranking_loss(
@@ -63,6 +72,8 @@ def ranking_loss(
     targets: Tensor,
     *,
     margins: Tensor | None = None,
+    votes: Tensor | None = None,
+    label_smoothing: float = 0.0,
     num_rankings: int | Tensor | None = None,
 ) -> Tensor:
     """Return the ranking loss of InstructGPT (Ouyang et al. 2022, eq. 1).
@@ -77,6 +88,10 @@ def ranking_loss(
         groups, targets: ``[N]``, see ``strict_pairs``.
         margins: ``[number of prompts]``, each subtracted in the pairs whose better response is its
             prompt's best; NaN counts as 0.
+        votes: ``[N]``, how many annotators preferred each response, in any unit. The better one of
+            a pair then wins ``v_b / (v_b + v_w)`` of the time; NaN: always.
+        label_smoothing: the share of labels that are wrong: the better one wins so much less often
+            (Mitchell 2023, "A note on DPO with noisy preferences": conservative DPO).
         num_rankings: G of the whole optimiser step, where ``scores`` are only a part of it; the
             parts' losses then add up to the loss of the whole. None: G of these scores.
 
@@ -85,15 +100,88 @@ def ranking_loss(
     """
     better, worse = strict_pairs(groups, targets)
     owner = groups[better]
-    pairs = torch.bincount(owner, minlength=1)
-    margin = None
+    margin = share = None
     if margins is not None:
         at_the_top = ~torch.isin(better, worse)
         margin = torch.nan_to_num(margins.float())[owner] * at_the_top
-    losses = pair_losses(scores[better], scores[worse], margin)
+    if votes is not None:
+        both = votes[better] + votes[worse]
+        share = torch.nan_to_num(votes[better] / both, nan=1.0).float()
+    elif label_smoothing:
+        share = torch.full_like(better, 1 - label_smoothing, dtype=torch.float32)
+    losses = pair_losses(scores[better], scores[worse], margin, share)
+    return mean_by_prompt(losses, owner, num_rankings)
+
+
+def listwise_loss(
+    scores: Tensor,
+    groups: Tensor,
+    targets: Tensor,
+    *,
+    num_rankings: int | Tensor | None = None,
+) -> Tensor:
+    """Return the negative log-likelihood of every prompt's order (Plackett 1975, Luce 1959).
+
+        loss = 1/G sum_g  1/n_g sum_i  -log( exp s_i / (exp s_i + sum_(j worse than i) exp s_j) )
+
+    Each response has to win against all that are worse, at once; n_g counts those that have a worse
+    one, K - 1 without ties, so that a pair has the loss of ``pair_losses`` and long rankings do not
+    count more. Tied responses do not compete with each other: each of them competes with the worse
+    ones, as if the others it is tied with were absent.
+
+    Args:
+        scores, groups, targets, num_rankings: as for ``ranking_loss``.
+
+    Returns:
+        A scalar. Without any response that has a worse one it is 0 and its gradient is 0.
+    """
+    values = scores.float()
+    worse = (groups[:, None] == groups[None, :]) & (targets[:, None] > targets[None, :])
+    winners = worse.any(1).nonzero(as_tuple=True)[0]
+    competing = worse[winners]
+    competing[torch.arange(len(winners), device=winners.device), winners] = True
+    field = torch.where(competing, values[None, :], -torch.inf)
+    losses = torch.logsumexp(field, 1) - values[winners]
+    return mean_by_prompt(losses, groups[winners], num_rankings)
+
+
+def centering_penalty(
+    scores: Tensor,
+    groups: Tensor,
+    targets: Tensor,
+    *,
+    num_rankings: int | Tensor | None = None,
+) -> Tensor:
+    """Return the mean of ``(s_b + s_w)^2`` over the pairs of a prompt, then over the prompts.
+
+    A ranking loss leaves the scores free up to a constant; this term keeps them around 0
+    (Eisenstein et al. 2023, "Helping or Herding?", eq. 2).
+
+    Args:
+        scores, groups, targets, num_rankings: as for ``ranking_loss``.
+    """
+    better, worse = strict_pairs(groups, targets)
+    squares = (scores[better].float() + scores[worse].float()) ** 2
+    return mean_by_prompt(squares, groups[better], num_rankings)
+
+
+def mean_by_prompt(
+    values: Tensor, owners: Tensor, num_rankings: int | Tensor | None = None
+) -> Tensor:
+    """Return the mean over prompts of the mean of each prompt's values.
+
+    Args:
+        values: ``[M]``.
+        owners: ``[M]`` long, the prompt of each value.
+        num_rankings: what the prompts' means are divided by; None: how many prompts have a value.
+
+    Returns:
+        A scalar; without any value it is 0, and so is its gradient.
+    """
+    counts = torch.bincount(owners, minlength=1)
     if num_rankings is None:
-        num_rankings = (pairs > 0).sum().clamp(min=1)
-    return (losses / pairs[owner]).sum() / num_rankings
+        num_rankings = (counts > 0).sum().clamp(min=1)
+    return (values / counts[owners]).sum() / num_rankings
 
 
 def count_rankings(groups: Tensor, targets: Tensor) -> Tensor:
@@ -161,32 +249,6 @@ def _effective_count(deviations: Tensor, owners: Tensor, variance: float) -> flo
     if spread == 0 or variance == 0:
         return float(sums.numel())
     return min(float(count), max(1.0, variance / spread))
-
-
-def calibration_error(scores: Tensor, groups: Tensor, targets: Tensor, *, bins: int = 10) -> float:
-    """Return how far the probabilities that the scores stand for are off: the expected
-    calibration error (Guo et al. 2017, eq. 3).
-
-    By Bradley-Terry the response with the higher score is the better one with probability
-    p = sigmoid(difference), from 0.5 to 1. That range is cut into equal bins:
-
-        ECE = sum_b  n_b / M  |share of right pairs in b - mean p in b|
-
-    Args:
-        scores, groups, targets: ``[N]``, see ``strict_pairs``.
-
-    Returns:
-        0 (as often right as said) to 1; NaN without a pair.
-    """
-    better, worse = strict_pairs(groups, targets)
-    if not len(better):
-        return math.nan
-    right, _ = pair_outcomes(scores, groups, targets)
-    said = torch.sigmoid((scores[better].double() - scores[worse].double()).abs())
-    bin_of = ((said - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64, device=scores.device)
-    gaps.index_add_(0, bin_of, right.double() - said)
-    return (gaps.abs().sum() / len(better)).item()
 
 
 def ranking_metrics(

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,15 @@ from align.errors import TrainingError
 from align.recipe import TokenizerSection
 from align.recipe_adapter import Adapter
 from align.recipe_io import load_recipe
+from align.recipe_reward import Reward
 from data.order import SortedBatches
 from data.records import Message, Ranking
 from data.render import Renderer, Unusable
 from data.tokenizer import prepare_tokenizer
 from pipelines import reward_model, stage
-from pipelines.reward_model import (
-    RankedTokens,
-    RankingTrainer,
-    check_reload,
-    collate,
-    ranked_tokens,
-)
+from pipelines.ranked_tokens import RankedTokens, collate, ranked_tokens
+from pipelines.reward_loss import output_head
+from pipelines.reward_model import RankingTrainer, check_reload
 from reward.model import HEAD_KEY, RewardModel, load_reward_model, new_reward_model
 from reward.ranking import strict_pairs
 from reward.scorer import score_rows
@@ -126,13 +125,27 @@ def stage_metrics(root: Path) -> dict[str, float]:
 
 def test_it_learns_and_says_how_well(root: Path) -> None:
     metrics = stage_metrics(root)
-    assert set(metrics) == {
+    shares = ["accuracy", "length/prefers_longer", "length/bias"]
+    shares += [f"probe_wins/{name}" for name in ("empty", "repeated", "truncated", "other_prompt")]
+    if find_spec("sklearn"):
+        shares.append("accuracy/bag_of_words")
+    expected = {f"{share}{end}" for share in shares for end in ("", "/low", "/high")}
+    parts = {key for key in metrics if key.startswith(("accuracy/margin/", "accuracy/length/"))}
+    assert {f"accuracy/margin/{third}/pairs" for third in ("low", "middle", "high")} <= parts
+    bins = {key for key in metrics if key.startswith("calibration/bin")}
+    assert len(bins) >= 3
+    assert set(metrics) - bins - parts == expected | {
         "loss",
-        "accuracy",
-        "accuracy/low",
-        "accuracy/high",
+        "pairs",
         "accuracy/longer_wins",
         "accuracy/train",
+        "calibration/ece",
+        "calibration/ece_scaled",
+        "calibration/brier",
+        "calibration/brier_scaled",
+        "calibration/temperature",
+        "length/correlation",
+        "length/labels_prefer_longer",
         "margin/mean",
         "trained/parameters",
         "trained/share",
@@ -204,10 +217,10 @@ def test_scores_are_compared_as_computed_in_batches_of_one_shape(
 def test_a_trained_model_is_saved_before_anything_is_measured(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise MemoryError("measuring")
 
-    monkeypatch.setattr(reward_model, "_measure", fail)
+    monkeypatch.setattr(reward_model, "measure", fail)
     parent = f"run.parents.sft={root / 'runs/test/sft'}"
     arguments = [str(root / "recipe.yaml"), parent, "name=measured", "reward.epochs=0.1"]
     assert stage.main(["reward", *arguments]) == 1
@@ -256,6 +269,18 @@ def test_another_template_than_the_sft_models_is_refused(root: Path, tmp_path: P
     assert not (root / "runs/other/reward").exists()
 
 
+def ranked(
+    prompt: list[int],
+    responses: tuple[list[int], ...],
+    targets: tuple[float, ...],
+    margin: float | None = None,
+    votes: bool = False,
+) -> RankedTokens:
+    texts = tuple(str(number) for number in range(len(responses)))
+    ranking = Ranking((Message("user", "x"),), texts, targets, votes=votes)
+    return RankedTokens(prompt, responses, ranking, margin)
+
+
 def tokens(seed: int, tie_first: bool = False) -> list[RankedTokens]:
     """Six rankings of 2, 3, 4, 2, 3 and 4 random responses."""
     generator = torch.Generator().manual_seed(seed)
@@ -268,7 +293,7 @@ def tokens(seed: int, tie_first: bool = False) -> list[RankedTokens]:
         amount = 2 + number % 3
         targets = tuple(0.0 if tie_first and number == 0 else float(k) for k in range(amount))
         responses = tuple([*draw(2 + k), 1] for k in range(amount))
-        rows.append(RankedTokens(draw(4), responses, targets, margin=None))
+        rows.append(ranked(draw(4), responses, targets))
     return rows
 
 
@@ -276,11 +301,12 @@ def train(
     folder: Path,
     rows: list[RankedTokens],
     micro: int,
-    margin: bool = False,
     seen: list[Any] | None = None,
+    **loss: Any,
 ) -> tuple[RewardModel, list[float]]:
     """Train two epochs of steps of four rankings and of the two that remain; return the losses."""
-    model = new_reward_model(tiny.llama(), Adapter(r=4, alpha=8.0), folder, seed=3)
+    base = tiny.llama()
+    model = new_reward_model(base, Adapter(r=4, alpha=8.0), folder, seed=3)
 
     def collator(batch: list[RankedTokens]) -> Any:
         if seen is not None:
@@ -288,7 +314,8 @@ def train(
         return collate(batch, 0)
 
     trainer = RankingTrainer(
-        margin=margin,
+        section=Reward(lr=1e-2, batch_size=4, **loss),
+        lm_head=output_head(base),
         order=SortedBatches([row.width for row in rows], 4, seed=5),
         model=model,
         args=TrainingArguments(
@@ -330,28 +357,55 @@ def test_a_step_draws_from_all_rows_and_its_micro_batches_are_of_like_length(
     assert set(epochs[0][:4]) != set(epochs[1][:4])
 
 
-@pytest.mark.parametrize("tie_first", [False, True], ids=["ranked", "one tied"])
-def test_training_does_not_depend_on_the_micro_batches(tie_first: bool, tmp_path: Path) -> None:
+LOSSES = {
+    "pairs": {},
+    "margin": {"margin": "column"},
+    "label smoothing": {"label_smoothing": 0.25},
+    "soft labels": {"soft_labels": True},
+    "listwise": {"loss": "listwise"},
+    "centering": {"centering_coef": 0.5},
+    "aux lm": {"aux_lm_coef": 0.5},
+    "several": {"loss": "listwise", "centering_coef": 0.1, "aux_lm_coef": 0.1},
+}
+
+
+@pytest.mark.parametrize(
+    ("tie_first", "loss"),
+    [(False, {}), *((True, loss) for loss in LOSSES.values())],
+    ids=["without a tie", *LOSSES],
+)
+def test_training_does_not_depend_on_the_micro_batches(
+    tie_first: bool, loss: dict[str, Any], tmp_path: Path
+) -> None:
     folder = sft_adapter(tiny.llama(), tmp_path / "sft")
-    rows = tokens(seed=2, tie_first=tie_first)
-    (whole, losses), *others = (train(folder, rows, micro) for micro in (4, 2, 1))
+    rows = [
+        ranked(r.prompt, r.responses, r.targets, margin=0.5 * number, votes=number % 3 > 0)
+        for number, r in enumerate(tokens(seed=2, tie_first=tie_first))
+    ]
+    (whole, losses), *others = (train(folder, rows, micro, **loss) for micro in (4, 2, 1))
     start = new_reward_model(tiny.llama(), Adapter(r=4, alpha=8.0), folder, seed=3)
-    moved = (whole.head.weight - start.head.weight).abs().max().item()
-    assert moved > 1e-3
+    before, after = dict(start.named_parameters()), dict(whole.named_parameters())
+    moved = {name: (after[name] - value).abs().max().item() for name, value in before.items()}
+    assert (whole.head.weight - start.head.weight).abs().max().item() > 1e-3
+    assert max(moved[name] for name in moved if "lora" in name) > 1e-3
     for other, other_losses in others:
         assert other_losses == pytest.approx(losses, abs=1e-5)
-        torch.testing.assert_close(other.head.weight, whole.head.weight, atol=1e-5, rtol=0)
+        for name, value in other.named_parameters():
+            torch.testing.assert_close(value, after[name], atol=1e-5, rtol=0)
 
 
-def test_the_margin_reaches_the_loss(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", list(LOSSES.values())[1:], ids=list(LOSSES)[1:])
+def test_every_loss_is_another(loss: dict[str, Any], tmp_path: Path) -> None:
     folder = sft_adapter(tiny.llama(), tmp_path / "sft")
-    rows = [RankedTokens(r.prompt, r.responses, r.targets, margin=2.0) for r in tokens(seed=2)]
-    (_, without), (_, with_margin) = (train(folder, rows, 4, margin=m) for m in (False, True))
-    assert with_margin[0] > without[0] + 0.1
+    rows = [ranked(r.prompt, r.responses, r.targets, votes=True) for r in tokens(seed=2)]
+    # What is subtracted is decided before, by ``margin_of``.
+    given = [replace(row, margin=2.0) for row in rows] if "margin" in loss else rows
+    plain, other = train(folder, rows, 4)[1][0], train(folder, given, 4, **loss)[1][0]
+    assert abs(other - plain) > 0.01
 
 
 def test_scores_that_float32_cannot_tell_apart_are_no_tie() -> None:
-    row = RankedTokens([2], ([3, 1], [4, 1]), (16777216.0, 16777217.0), margin=None)
+    row = ranked([2], ([3, 1], [4, 1]), (16777216.0, 16777217.0))
     batch = collate([row], 0)
     better, worse = strict_pairs(batch["groups"], batch["targets"])
     assert (better.tolist(), worse.tolist()) == ([1], [0])
@@ -362,7 +416,7 @@ def test_equal_responses_with_different_scores_are_dropped() -> None:
     renderer = Renderer(tokenizer, 64, 64)
     prompt = (Message("user", "Say hello."),)
     with pytest.raises(Unusable, match="identical_responses"):
-        ranked_tokens(renderer, Ranking(prompt, ("Hello", "Hello"), (1.0, 0.0)))
-    tied = ranked_tokens(renderer, Ranking(prompt, ("Hello", "Hello"), (1.0, 1.0)))
+        ranked_tokens(renderer, Ranking(prompt, ("Hello", "Hello"), (1.0, 0.0)), None)
+    tied = ranked_tokens(renderer, Ranking(prompt, ("Hello", "Hello"), (1.0, 1.0)), None)
     assert tied.responses[0] == tied.responses[1]
     assert tied.responses[0][-1] == 1  # ends its turn

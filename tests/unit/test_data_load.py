@@ -132,7 +132,7 @@ def test_too_many_dropped_rows_are_refused(tmp_path):
     with pytest.raises(DataError) as error:
         load(tmp_path, "reward", reward=section, max_dropped=0.19)
     assert str(error.value) == (
-        "data.reward.train[0] (a.jsonl): 2 of 10 rows dropped: identical_responses 2;"
+        "data.reward.train[0] (a.jsonl): 2 of 10 rows dropped: identical_responses 2 (rows 9, 10);"
         " that is 20.00%, more than data.max_dropped=0.19 allows;"
         " correct the file, or raise data.max_dropped to go on without these rows"
     )

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from reward.ranking import (
-    calibration_error,
+    centering_penalty,
     count_rankings,
+    listwise_loss,
     mean_margin,
     pair_losses,
     pair_outcomes,
@@ -239,35 +240,93 @@ def test_interval_covers_the_truth_about_nine_times_in_ten() -> None:
     assert 0.86 <= covered / 300 <= 0.94
 
 
-def test_calibration_error_by_hand() -> None:
-    """Scores ln 3 apart say 75 %; equal ones 50 %, of which half is right."""
-    ln3 = math.log(3)
-    groups = torch.arange(4).repeat_interleave(2)
-    scores = torch.tensor([ln3, 0.0, ln3, 0.0, ln3, 0.0, ln3, 0.0])
-
-    def error(targets: list[float], scores: torch.Tensor = scores) -> float:
-        return calibration_error(scores, groups, torch.tensor(targets))
-
-    right, wrong = [1.0, 0.0], [0.0, 1.0]
-    assert error(right * 3 + wrong) == pytest.approx(0.0, abs=1e-7)
-    assert error(right * 4) == pytest.approx(0.25)
-    assert error(wrong * 4) == pytest.approx(0.75)
-    assert error(right * 4, torch.zeros(8)) == 0.0
-    # Bins of their own: 75 % said and right once of 2, 90 % said and right once of 2.
-    ln9 = math.log(9)
-    mixed = torch.tensor([ln3, 0.0, ln3, 0.0, ln9, 0.0, 0.0, ln9])
-    assert error(right + wrong + right * 2, mixed) == pytest.approx((0.25 + 0.4) / 2)
-    assert math.isnan(error([1.0] * 8))
+def one_prompt(*values: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores whose exponentials are these values, all of one prompt."""
+    return torch.tensor(values).log(), torch.zeros(len(values)).long()
 
 
-def test_calibration_error_of_a_model_that_says_the_truth_is_small() -> None:
-    """Winners drawn by Bradley-Terry; of a model too sure of itself it is large."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = 2_000
-    difference = torch.randn(pairs, generator=generator) * 2
-    first_wins = torch.rand(pairs, generator=generator) < torch.sigmoid(difference)
-    scores = torch.stack([difference, torch.zeros(pairs)], 1).flatten()
-    targets = torch.stack([first_wins, ~first_wins], 1).flatten().float()
-    groups = torch.arange(pairs).repeat_interleave(2)
-    assert calibration_error(scores, groups, targets) < 0.05
-    assert calibration_error(3 * scores, groups, targets) > 0.1
+# -0.75 ln 0.75 - 0.25 ln 0.25
+THREE_OF_FOUR = 0.562335
+
+
+def test_label_smoothing_is_least_where_the_scores_say_the_share() -> None:
+    scores, groups = one_prompt(3.0, 1.0)  # sigmoid of the difference is 3 / 4
+    scores.requires_grad_()
+    loss = ranking_loss(scores, groups, torch.tensor([1.0, 0.0]), label_smoothing=0.25)
+    loss.backward()
+    assert loss.item() == pytest.approx(THREE_OF_FOUR, abs=1e-6)
+    assert scores.grad is not None
+    assert scores.grad.abs().max().item() < 1e-7
+
+
+def test_votes_are_shares_of_a_pair() -> None:
+    targets = torch.tensor([6.0, 2.0])  # three of four
+    for votes in (targets, targets / 8):
+        scores, groups = one_prompt(3.0, 1.0)
+        loss = ranking_loss(scores, groups, targets, votes=votes)
+        assert loss.item() == pytest.approx(THREE_OF_FOUR, abs=1e-6)
+    # Without votes, and where all agree, the better one always wins: -ln 0.75.
+    for votes in (torch.tensor([math.nan, math.nan]), torch.tensor([5.0, 0.0])):
+        loss = ranking_loss(scores, groups, targets, votes=votes)
+        assert loss.item() == pytest.approx(0.287682, abs=1e-6)
+
+
+def test_smoothing_with_a_margin_of_three_responses_by_hand() -> None:
+    # Differences 1, 2, 1 of scores 1, 0, -1, smoothed by 0.1: softplus(-d) + 0.1 d.
+    loss = ranking_loss(
+        torch.tensor([1.0, 0.0, -1.0]),
+        torch.zeros(3).long(),
+        torch.tensor([2.0, 1.0, 0.0]),
+        label_smoothing=0.1,
+    )
+    expected = (2 * (0.3132616875 + 0.1) + 0.1269280110 + 0.2) / 3
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        # 6 of 6 + 3 + 1, then 3 of 3 + 1: -(ln 0.6 + ln 0.75) / 2
+        ([2.0, 1.0, 0.0], 0.399254),
+        # Two best, each against the third: -(ln 6/7 + ln 3/4) / 2
+        ([1.0, 1.0, 0.0], 0.220916),
+        # One best against both: -ln 0.6
+        ([1.0, 0.0, 0.0], 0.510826),
+        ([1.0, 1.0, 1.0], 0.0),
+    ],
+)
+def test_listwise_by_hand(targets: list[float], expected: float) -> None:
+    scores, groups = one_prompt(6.0, 3.0, 1.0)
+    scores.requires_grad_()
+    loss = listwise_loss(scores, groups, torch.tensor(targets))
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    assert scores.grad is not None
+    assert bool(scores.grad.any()) == (expected > 0)
+
+
+def test_listwise_likelihoods_of_all_orders_add_up_to_one() -> None:
+    scores, groups = torch.tensor([0.3, -1.2, 2.0, 0.7]), torch.zeros(4).long()
+    losses = [
+        listwise_loss(scores, groups, torch.tensor(order)).item()
+        for order in itertools.permutations([0.0, 1.0, 2.0, 3.0])
+    ]
+    assert sum(math.exp(-3 * loss) for loss in losses) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_listwise_of_a_pair_is_bradley_terry_and_prompts_share_their_weight() -> None:
+    groups = torch.tensor([0, 0, 1, 1, 1])
+    targets = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0])
+    scores = torch.tensor([2.0, 1.0, *torch.tensor([6.0, 3.0, 1.0]).log().tolist()])
+    loss = listwise_loss(scores, groups, targets)
+    assert loss.item() == pytest.approx((0.3132616875 + 0.399254) / 2, abs=1e-6)
+    shifted = listwise_loss(scores + 100.0, groups, targets)
+    assert shifted.item() == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_centering_penalty_by_hand() -> None:
+    # Sums of pairs: 1 of (2, -1); 1, 0 and -1 of (1, 0, -1).
+    scores = torch.tensor([2.0, -1.0, 1.0, 0.0, -1.0, 9.0, 9.0])
+    groups, targets = torch.tensor([0, 0, 1, 1, 1, 2, 2]), torch.tensor([1.0, 0, 2, 1, 0, 5, 5])
+    penalty = centering_penalty(scores, groups, targets)
+    assert penalty.item() == pytest.approx((1 + 2 / 3) / 2, abs=1e-6)

@@ -5,17 +5,24 @@ rows and of defects are those that the data's own README files state; where they
 file, they were counted with a few lines of json.
 """
 
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from align.errors import DataError
-from align.recipe import Base, Data, Recipe
+from align.recipe import Base, Data, Recipe, TokenizerSection
 from data.load import LoadedData, load_records
 from data.records import Message
+from data.render import Renderer
+from data.tokenizer import prepare_tokenizer
+from pipelines.benchmark import measure_benchmark
+from tests import tiny
 
 ROOT = Path(os.environ.get("ALIGN_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 pytestmark = pytest.mark.skipif(
@@ -266,3 +273,41 @@ def test_a_pair_by_hand():
     )
     best = record.responses[record.scores.index(max(record.scores))]
     assert best == "He didn't go to the party, instead staying at home."
+
+
+# Its files under RewardBench's names of them, where it has them.
+LLMBAR_FILES = {
+    "llmbar-natural": ("natural", 80),
+    "llmbar-adver-neighbor": ("adversarial_neighbor", 109),
+    "llmbar-adver-GPTInst": ("adversarial_gptinst", 78),
+    "llmbar-adver-GPTOut": ("adversarial_gptout", 38),
+    "llmbar-adver-manual": ("adversarial_manual", 40),
+    "mt-bench": ("mt_bench_human", 160),
+    "faireval": ("faireval_human", 58),
+    "llmeval2": ("llmeval2_human", 157),
+}
+
+
+def test_llmbar_goes_through_the_benchmark() -> None:
+    """By the rule "longer wins", whose accuracies a few lines of json give as well."""
+    benchmark = {
+        name: LLMBAR | {"path": f"prefs_other/llmbar/{file}.json"}
+        for name, (file, _) in LLMBAR_FILES.items()
+    }
+    data = Data.model_validate({"root": str(ROOT), "benchmark": benchmark, "max_dropped": 0.02})
+    recipe = Recipe.model_construct(name="x", base=Base(id="some/model"), data=data)
+    loaded = load_records(recipe, "evaluate")
+    job: Any = SimpleNamespace(data=loaded, check_dropped=lambda *_: None)
+    found = measure_benchmark(
+        job,
+        Renderer(prepare_tokenizer(tiny.tokenizer(), TokenizerSection()), 100_000, 100_000),
+        lambda rows: torch.tensor([float(len(r)) for row, _ in rows for r in row.responses]),
+    )
+    for name, (file, rows) in LLMBAR_FILES.items():
+        pairs = json.loads((ROOT / "prefs_other" / "llmbar" / f"{file}.json").read_text())
+        assert len(pairs) == rows
+        texts = [[p[f"output_{n}"].strip() for n in (p["label"], 3 - p["label"])] for p in pairs]
+        kept = [(better, worse) for better, worse in texts if better != worse and worse]
+        share = sum(len(better) > len(worse) for better, worse in kept) / len(kept)
+        assert found[f"benchmark/subset/{name}/prompts"] == len(kept)
+        assert found[f"benchmark/subset/{name}"] == pytest.approx(share)

@@ -143,7 +143,7 @@ def test_a_moved_tree_is_still_done(done: Path) -> None:
     ("changes", "expected"),
     [
         ({"sft__lr": 0.2}, ["sft"]),
-        ({"reward__margin": True}, ["reward"]),
+        ({"reward__margin": "column"}, ["reward"]),
         ({"ppo__kl__coef": 0.2}, ["ppo"]),
         ({"evaluate__prompts": 3}, ["evaluate"]),
         ({"adapter__r": 4}, ["sft", "reward", "ppo"]),

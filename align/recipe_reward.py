@@ -1,0 +1,77 @@
+"""What a recipe may say about the reward model: the losses, and which of them go together."""
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from align.recipe_types import NotNegativeFloat, Optimisation, PositiveFloat, refuse
+
+# How much better the better response is, in the words of Llama 2's annotators (Touvron et al. 2023,
+# section 3.1), from the weakest.
+Strength = Literal["negligibly better", "slightly better", "better", "significantly better"]
+STRENGTHS: tuple[Strength, ...] = get_args(Strength)
+# What a label of a pair says: which response is better and, where it does, how much.
+Label = Literal[
+    "first",
+    "first negligibly better",
+    "first slightly better",
+    "first better",
+    "first significantly better",
+    "second",
+    "second negligibly better",
+    "second slightly better",
+    "second better",
+    "second significantly better",
+    "tie",
+]
+# Llama 2's two tables of margins (table 27), in the order of STRENGTHS.
+MARGINS = {"small": (0.0, 1 / 3, 2 / 3, 1.0), "large": (0.0, 1.0, 2.0, 3.0)}
+
+
+class Reward(Optimisation):
+    """The ranking reward model. ``batch_size`` counts prompts, each with all its responses."""
+
+    epochs: PositiveFloat = 1.0
+    # pairs: Bradley-Terry on all pairs of a prompt. listwise: Plackett-Luce on its whole order.
+    loss: Literal["pairs", "listwise"] = "pairs"
+    # Subtracted from the difference of a pair's scores (Llama 2, eq. 2): the rows' own column, or
+    # what their column `strength` stands for in one of Llama 2's tables.
+    margin: Literal["none", "column", "small", "large"] = "none"
+    # The share of labels that are wrong, where it is known.
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    # Learn the share of annotators who preferred a response, where rows hold their votes.
+    soft_labels: bool = False
+    # Weight of the squared sum of a pair's scores, which keeps the scores around 0.
+    centering_coef: NotNegativeFloat = 0.0
+    # Weight of language modelling on the best responses, which keeps the backbone's language.
+    aux_lm_coef: NotNegativeFloat = 0.0
+    center_on: Literal["demonstrations", "none"] = "demonstrations"
+
+    @model_validator(mode="after")
+    def _check(self) -> "Reward":
+        of_pairs = [
+            name
+            for name, given in (
+                ("margin", self.margin != "none"),
+                ("label_smoothing", self.label_smoothing > 0),
+                ("soft_labels", self.soft_labels),
+            )
+            if given
+        ]
+        if of_pairs and self.loss == "listwise":
+            refuse(of_pairs[0], "is a matter of pairs, and loss=listwise has none; allowed: pairs")
+        if len(of_pairs) > 1:
+            given = " and ".join(of_pairs)
+            refuse(
+                of_pairs[1],
+                f"found {given}: they say different things of how sure a label is; allowed: one"
+                " of margin, label_smoothing and soft_labels",
+            )
+        return self
+
+    def problems_with_adapter(self, method: str) -> list[tuple[str, str]]:
+        """Return what is refused beside ``adapter.method``: key and what is wrong with it."""
+        if self.aux_lm_coef == 0 or method != "head_only":
+            return []
+        why = "moves the backbone alone, of which adapter.method=head_only trains nothing"
+        return [("reward.aux_lm_coef", f"{why}; allowed with it: 0")]

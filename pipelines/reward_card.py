@@ -1,0 +1,170 @@
+"""How far a run's reward model can be trusted, in words, bars and tables for the report."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from align.recipe_reward import STRENGTHS
+from pipelines.charts import BASE, PPO, SFT, Bar, Reliability
+from pipelines.results import number, percent, reward_metrics, written_interval
+from pipelines.run_facts import Run
+from reward.analysis import PROBES, warnings
+
+# Metric group, its title, and its parts in their order, where they have one.
+_PARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    (
+        "length",
+        "Length of the better answer",
+        {
+            "shorter": "shorter than the other",
+            "matched": "about equal (to 10 %)",
+            "longer": "longer than the other",
+        },
+    ),
+    (
+        "margin",
+        "Margin by the labels",
+        {"low": "lowest third", "middle": "middle third", "high": "highest third"},
+    ),
+    (
+        "strength",
+        "Strength of the label",
+        {name: name for name in STRENGTHS},
+    ),
+    ("source", "Source", {}),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Accuracy on a part of the pairs: label, share, interval, number of pairs."""
+
+    label: str
+    share: str
+    interval: str
+    pairs: str
+
+
+@dataclass(frozen=True, slots=True)
+class RewardCard:
+    """How far the reward model can be trusted."""
+
+    sentences: tuple[str, ...]
+    warnings: tuple[str, ...]
+    bars: tuple[Bar, ...]
+    parts: tuple[tuple[str, tuple[Part, ...]], ...]
+    probes: tuple[Part, ...]
+    reliability: tuple[Reliability, ...]
+
+
+def reward_card(run: Run) -> RewardCard | None:
+    """Describe the reward model's accuracy beside what needs no model; None without one."""
+    metrics = reward_metrics(run)
+    if "accuracy" not in metrics:
+        return None
+    return RewardCard(
+        (*_accuracy_sentences(metrics), *_calibration_sentences(metrics)),
+        tuple(f"PPO could exploit this: {text}." for text in warnings(metrics)),
+        _bars(metrics),
+        _parts(metrics),
+        tuple(
+            _part(metrics, f"probe_wins/{name}", label)
+            for name, label in PROBES.items()
+            if f"probe_wins/{name}" in metrics
+        ),
+        tuple(
+            Reliability(
+                metrics[f"calibration/bin{i}/said"],
+                metrics[f"calibration/bin{i}/right"],
+                metrics[f"calibration/bin{i}/pairs"],
+            )
+            for i in range(_num_bins(metrics))
+        ),
+    )
+
+
+def _accuracy_sentences(metrics: Mapping[str, float]) -> list[str]:
+    accuracy, low = metrics["accuracy"], metrics.get("accuracy/low")
+    pairs = f" {metrics['pairs']:.0f}" if "pairs" in metrics else ""
+    bounds = f" ({written_interval(metrics, 'accuracy', percent)})" if low is not None else ""
+    sentences = [
+        f"On{pairs} held-out pairs it orders {percent(accuracy)} as their labels do{bounds}."
+    ]
+    longer = metrics.get("accuracy/longer_wins")
+    if longer is not None:
+        rule = max(longer, 1 - longer)
+        beyond = low is not None and low > rule
+        verdict = "so it knows more than length" if beyond else "which this does not clearly beat"
+        shorter = "longer" if longer >= 0.5 else "shorter"
+        sentences.append(f"Choosing the {shorter} answer gets {percent(rule)}, {verdict}.")
+    words = metrics.get("accuracy/bag_of_words")
+    if words is not None:
+        beyond = low is not None and low > words
+        verdict = "which it beats" if beyond else "which it does not clearly beat"
+        sentences.append(
+            f"A linear model on the answers' words (TF-IDF) gets {percent(words)}, {verdict}."
+        )
+    if "labels/gold" in metrics:
+        sentences.append(
+            f"The labels themselves agree with gold on {percent(metrics['labels/gold'])} of pairs:"
+            " a model that followed gold perfectly would agree with the labels that often."
+        )
+    return sentences
+
+
+def _calibration_sentences(metrics: Mapping[str, float]) -> list[str]:
+    if "calibration/ece" not in metrics:
+        return []
+    sentences = [
+        "Where it gives a pair a probability, it is off by"
+        f" {percent(metrics['calibration/ece'])} on average (expected calibration error)."
+    ]
+    if "calibration/ece_scaled" in metrics:
+        temperature = metrics["calibration/temperature"]
+        sure = "too sure" if temperature > 1 else "not sure enough"
+        sentences.append(
+            f"It is {sure}: with its scores over {number(temperature)} it would be off by"
+            f" {percent(metrics['calibration/ece_scaled'])} (temperatures fitted on one half of the"
+            " prompts, measured on the other)."
+        )
+    return sentences
+
+
+def _bars(metrics: Mapping[str, float]) -> tuple[Bar, ...]:
+    bars = []
+    for key, label, color in (
+        ("accuracy", "model orders as labels do", SFT),
+        ("accuracy/longer_wins", "longer answer wins", BASE),
+        ("accuracy/bag_of_words", "words alone", BASE),
+        ("accuracy/gold", "model orders as gold does", PPO),
+        ("labels/gold", "labels order as gold does", BASE),
+    ):
+        if key in metrics:
+            bounds = metrics.get(f"{key}/low"), metrics.get(f"{key}/high")
+            bars.append(Bar(label, metrics[key], *bounds, color=color))
+    return tuple(bars)
+
+
+def _parts(metrics: Mapping[str, float]) -> tuple[tuple[str, tuple[Part, ...]], ...]:
+    tables = []
+    for group, title, labels in _PARTS:
+        prefix, suffix = f"accuracy/{group}/", "/pairs"
+        found = [
+            key.removeprefix(prefix).removesuffix(suffix)
+            for key in metrics
+            if key.startswith(prefix) and key.endswith(suffix)
+        ]
+        names = [name for name in labels if name in found] if labels else sorted(found)
+        if names:
+            parts = (_part(metrics, prefix + name, labels.get(name, name)) for name in names)
+            tables.append((title, tuple(parts)))
+    return tuple(tables)
+
+
+def _part(metrics: Mapping[str, float], key: str, label: str) -> Part:
+    pairs = f"{metrics[f'{key}/pairs']:.0f}" if f"{key}/pairs" in metrics else ""
+    bounds = written_interval(metrics, key, percent, short=True)
+    return Part(label, percent(metrics[key]), bounds, pairs)
+
+
+def _num_bins(metrics: Mapping[str, float]) -> int:
+    return sum(key.startswith("calibration/bin") and key.endswith("/said") for key in metrics)

@@ -1,0 +1,89 @@
+"""Which losses of the reward model go together, and what is subtracted for a label's strength."""
+
+import pytest
+
+from align.errors import InputError, RecipeError
+from align.recipe_io import load_recipe
+from align.recipe_reward import Reward
+from data.records import Message, Ranking
+from pipelines.ranked_tokens import RankedTokens
+from pipelines.reward_loss import check_columns, margin_of
+
+PAIR = ((Message("user", "hi"),), ("a", "b"), (1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["reward.loss=listwise", "reward.margin=column"],
+            "reward.margin=column: is a matter of pairs, and loss=listwise has none",
+        ),
+        (
+            ["reward.loss=listwise", "reward.label_smoothing=0.1"],
+            "reward.label_smoothing=0.1: is a matter of pairs",
+        ),
+        (
+            ["reward.margin=small", "reward.soft_labels=true"],
+            "reward.soft_labels=true: found margin and soft_labels: they say different things",
+        ),
+        (
+            ["reward.label_smoothing=0.1", "reward.soft_labels=true"],
+            "reward.soft_labels=true: found label_smoothing and soft_labels",
+        ),
+        (["reward.label_smoothing=0.5"], "reward.label_smoothing=0.5: "),
+        (["reward.margin=true"], "allowed: none, column, small or large"),
+        (["reward.loss=lists"], "allowed: pairs or listwise"),
+        (["reward.centering_coef=-1.0"], "reward.centering_coef=-1.0: "),
+        (
+            ["ppo=null", "adapter.method=head_only", "reward.aux_lm_coef=0.1"],
+            "reward.aux_lm_coef=0.1: moves the backbone alone, of which adapter.method=head_only",
+        ),
+    ],
+)
+def test_what_means_nothing_is_refused_by_name(overrides: list[str], expected: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("miniature", overrides)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("margin", "by_strength"),
+    [
+        # Touvron et al. 2023, table 27: from "negligibly better" to "significantly better".
+        ("small", [0.0, 1 / 3, 2 / 3, 1.0]),
+        ("large", [0.0, 1.0, 2.0, 3.0]),
+    ],
+)
+def test_margins_are_llama_2s(margin: str, by_strength: list[float]) -> None:
+    section = Reward.model_validate({"lr": 1.0, "batch_size": 1, "margin": margin})
+    words = ("negligibly better", "slightly better", "better", "significantly better")
+    rankings = [Ranking(*PAIR, 0.5, strength) for strength in words]
+    assert [margin_of(section, ranking) for ranking in rankings] == by_strength
+    assert margin_of(section, Ranking(*PAIR, 0.5)) is None
+
+
+def test_the_column_is_taken_as_it_is_and_only_when_asked_for() -> None:
+    ranking = Ranking(*PAIR, 0.5, "better")
+    column, none = Reward(lr=1.0, batch_size=1, margin="column"), Reward(lr=1.0, batch_size=1)
+    assert margin_of(column, ranking) == 0.5
+    assert margin_of(none, ranking) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"margin": "column"}, "reward.margin=column: no row of data.reward.train has a margin"),
+        ({"margin": "large"}, "reward.margin=large: no row of data.reward.train has a strength"),
+        ({"soft_labels": True}, "reward.soft_labels=true: no row of data.reward.train has votes"),
+    ],
+)
+def test_a_loss_without_its_column_is_refused(settings: dict[str, object], expected: str) -> None:
+    section = Reward.model_validate({"lr": 1.0, "batch_size": 1} | settings)
+    with_all = [Ranking(*PAIR, 0.5, "better", votes=True), Ranking(*PAIR)]
+    check_columns(
+        section, [RankedTokens([2], ([3], [4]), r, margin_of(section, r)) for r in with_all]
+    )
+    without = RankedTokens([2], ([3], [4]), Ranking(*PAIR))
+    with pytest.raises(InputError, match=expected):
+        check_columns(section, [without])

@@ -1,0 +1,79 @@
+"""What the report says of a reward model whose stage has looked for biases."""
+
+from pathlib import Path
+
+from pipelines.report import render
+from pipelines.reward_card import reward_card
+from pipelines.run_facts import read_run
+from tests.run_tree import write_stage
+
+METRICS = {
+    "accuracy": 0.7,
+    "accuracy/low": 0.65,
+    "accuracy/high": 0.75,
+    "accuracy/longer_wins": 0.6,
+    "accuracy/bag_of_words": 0.66,
+    "accuracy/bag_of_words/low": 0.6,
+    "accuracy/bag_of_words/high": 0.7,
+    "accuracy/source/<b>.jsonl": 0.8,
+    "accuracy/source/<b>.jsonl/low": 0.7,
+    "accuracy/source/<b>.jsonl/high": 0.9,
+    "accuracy/source/<b>.jsonl/pairs": 40.0,
+    "accuracy/length/longer": 0.9,
+    "accuracy/length/longer/pairs": 60.0,
+    "accuracy/length/shorter": 0.4,
+    "accuracy/length/shorter/pairs": 20.0,
+    "calibration/ece": 0.12,
+    "calibration/ece_scaled": 0.03,
+    "calibration/temperature": 2.5,
+    "calibration/bin0/said": 0.55,
+    "calibration/bin0/right": 0.5,
+    "calibration/bin0/pairs": 50.0,
+    "calibration/bin1/said": 0.95,
+    "calibration/bin1/right": 0.8,
+    "calibration/bin1/pairs": 30.0,
+    "length/prefers_longer": 0.8,
+    "length/prefers_longer/low": 0.75,
+    "length/prefers_longer/high": 0.85,
+    "length/labels_prefer_longer": 0.6,
+    "length/bias": 0.2,
+    "length/bias/low": 0.15,
+    "length/bias/high": 0.25,
+    "pairs": 80.0,
+    "probe_wins/empty": 0.5,
+    "probe_wins/empty/low": 0.44,
+    "probe_wins/empty/high": 0.56,
+}
+
+
+def test_the_card_names_biases_parts_and_calibration(tmp_path: Path) -> None:
+    write_stage(tmp_path / "reward", "reward", [], METRICS)
+    card = reward_card(read_run(tmp_path))
+    assert card is not None
+    assert card.warnings == (
+        "PPO could exploit this: length bias: the longer answer scores higher in 80% of pairs; the"
+        " labels prefer it in 60%.",
+        "PPO could exploit this: an empty answer scores higher than the chosen answer in 50% of"
+        " pairs; the rejected answer does in 30%.",
+    )
+    text = " ".join(card.sentences).replace("\u00a0", " ")
+    assert "A linear model on the answers' words (TF-IDF) gets 66.0 %, which it does not" in text
+    assert "It is too sure: with its scores over 2.50 it would be off by 3.0 %" in text
+    length, source = card.parts
+    assert [(part.label, part.pairs) for part in length[1]] == [
+        ("shorter than the other", "20"),
+        ("longer than the other", "60"),
+    ]
+    assert source[1][0].label == "<b>.jsonl"
+    assert [part.pairs for part in card.reliability] == [50.0, 30.0]
+    assert [bar.label for bar in card.bars][2] == "words alone"
+
+
+def test_the_page_holds_it_escaped(tmp_path: Path) -> None:
+    write_stage(tmp_path / "reward", "reward", [], METRICS)
+    page = render(read_run(tmp_path), tmp_path)
+    assert "PPO could exploit this: length bias" in page
+    assert "&lt;b&gt;.jsonl" in page
+    assert "<b>.jsonl" not in page
+    assert 'aria-label="Reliability diagram"' in page
+    assert page.count("an empty answer") == 2
