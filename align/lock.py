@@ -8,14 +8,25 @@ from pathlib import Path
 
 from align.errors import InputError
 
+# In the environment of the processes that a holder starts: the directory.
+_HELD = "ALIGN_HELD_RUN"
+
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path) -> Iterator[dict[str, str]]:
     """Hold a directory, which is made if it is not there; nothing is left in it.
+
+    Yields:
+        What belongs in the environment of processes that are to hold it with us, and after us
+        should we be killed; they also have to inherit our open files.
 
     Raises:
         InputError: another process holds it.
     """
+    inherited = {_HELD: str(directory.resolve())}
+    if inherited.items() <= os.environ.items():
+        yield inherited
+        return
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -26,7 +37,8 @@ def locked(directory: Path) -> Iterator[None]:
             f"{directory}: another process is making a stage of this run; wait until it has ended,"
             " end it, or choose another name or run.root"
         ) from None
+    os.set_inheritable(descriptor, True)
     try:
-        yield
+        yield inherited
     finally:
         os.close(descriptor)

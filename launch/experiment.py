@@ -1,17 +1,19 @@
 """Bring an experiment up to date: start the stages that are not done, in order, then the report."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from align.checkpoints import remove_checkpoints
 from align.errors import AlignError, InputError
+from align.lock import locked
 from align.manifest import FILE as MANIFEST
 from align.manifest import check_replaceable, read_manifest
 from align.recipe import Recipe, StageName
@@ -196,29 +198,34 @@ def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
             run directory cannot be written.
     """
     settings = experiment.settings
-    for number, stage in enumerate(stages):
-        # Asked only now: a stage is stale as soon as the one before it was redone.
-        why = _why(experiment, stage)
-        seconds = 0.0
-        if why is None:
-            # Of a process that was killed at its very end.
-            remove_checkpoints(stage_directory(experiment.recipe, stage))
-            settings.say(f"{stage}: up to date")
-        else:
-            if not experiment.ran:
-                _check_inputs(experiment, stages[number:])
-            settings.say(f"{stage}: running ({why})")
-            started = time.monotonic()
-            _start(experiment.command(stage), sys.stderr if settings.json else None)
-            seconds = time.monotonic() - started
-            settings.say(f"{stage}: done in {seconds:.1f} s")
-        manifest = read_manifest(stage_directory(experiment.recipe, stage), stage)
-        experiment.results[stage] = {
-            "status": "skipped" if why is None else "done",
-            "why": why,
-            "seconds": round(seconds, 3),
-            "metrics": manifest.metrics,
-        }
+    held: dict[str, str] = {}
+    with contextlib.ExitStack() as until_the_end:
+        for number, stage in enumerate(stages):
+            # Asked only now: a stage is stale as soon as the one before it was redone.
+            why = _why(experiment, stage)
+            seconds = 0.0
+            if why is None:
+                # Of a process that was killed at its very end.
+                remove_checkpoints(stage_directory(experiment.recipe, stage))
+                settings.say(f"{stage}: up to date")
+            else:
+                if not experiment.ran:
+                    _check_inputs(experiment, stages[number:])
+                    held = until_the_end.enter_context(locked(experiment.directory))
+                settings.say(f"{stage}: running ({why})")
+                started = time.monotonic()
+                command = experiment.command(stage)
+                command = replace(command, env=command.env | held)
+                _start(command, sys.stderr if settings.json else None)
+                seconds = time.monotonic() - started
+                settings.say(f"{stage}: done in {seconds:.1f} s")
+            manifest = read_manifest(stage_directory(experiment.recipe, stage), stage)
+            experiment.results[stage] = {
+                "status": "skipped" if why is None else "done",
+                "why": why,
+                "seconds": round(seconds, 3),
+                "metrics": manifest.metrics,
+            }
 
 
 def write_report(experiment: Experiment) -> Path:

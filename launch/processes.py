@@ -41,9 +41,14 @@ def run(command: Command, stdout: int | TextIO | None = None) -> int:
     Raises:
         Stopped: we were asked to end; the process has ended by then.
     """
-    # Until the process can end cleanly, which it says by unblocking SIGINT, one has to wait.
+    # Until the process can end cleanly, which it says by unblocking SIGINT, one has to wait. It
+    # inherits the lock of the run directory; nothing else of ours is open to it.
     with subprocess.Popen(
-        command.argv, env=os.environ | command.env, stdout=stdout, preexec_fn=_block_interrupts
+        command.argv,
+        env=os.environ | command.env,
+        stdout=stdout,
+        preexec_fn=_block_interrupts,
+        close_fds=False,
     ) as process:
         try:
             code = process.wait()

@@ -3,6 +3,8 @@
 import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -339,4 +341,28 @@ def test_one_process_holds_a_run_and_its_end_lets_go(tmp_path):
             os.kill(os.getpid(), 9)
     os.waitpid(child, 0)
     with locked(run):
+        pass
+
+
+def test_a_started_process_holds_a_run_with_its_starter_and_after_it(tmp_path):
+    code = "import sys; from align.lock import locked; from pathlib import Path\n"
+    code += "with locked(Path(sys.argv[1])): print('held', flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with locked(tmp_path) as held:
+        stranger = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "another process" in stranger.stderr
+        child = subprocess.Popen(
+            command,
+            env=os.environ | held,
+            close_fds=False,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert child.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match="another process"), locked(tmp_path):
+        pass
+    child.communicate("\n")
+    assert child.returncode == 0
+    with locked(tmp_path):
         pass
