@@ -197,7 +197,7 @@ def test_the_wandb_run_goes_on(again: Server, whole: dict) -> None:
     """Offline a folder for each part, and one id, which the manifest has."""
     shutil.rmtree(again.folder("ppo"))
     offline = "tracking.mode=offline"
-    assert again.run("ppo", offline, fault=(2, "after", "log")).code == -signal.SIGKILL
+    assert again.run("ppo", offline, fault=(3, "after", "log")).code == -signal.SIGKILL
     assert again.run("ppo", offline).code == 0
     wandb_id = json.loads((again.folder("ppo") / "stage.json").read_text())["wandb_id"]
     parts = [path.name for path in (again.folder("ppo").parent / "wandb").glob("offline-run-*")]

@@ -14,7 +14,8 @@ from rich.console import Console
 from align import stages
 from align.errors import ParentError
 from align.recipe import Recipe, StageName
-from pipelines.stage import StageJob, _parent_facts
+from pipelines.record import _parent_facts
+from pipelines.stage import StageJob
 from tests.finished import edit_manifest, finish, placeholder, unfinish
 
 ROOT = Path(__file__).resolve().parents[2]
