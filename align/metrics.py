@@ -41,10 +41,13 @@ class MetricsLog:
     """Writes and shows the metrics of one stage."""
 
     def __init__(
-        self, directory: Path, tracker: Tracker | None, console: Console, name: str = ""
+        self, directory: Path | None, tracker: Tracker | None, console: Console, name: str = ""
     ) -> None:
-        """Append to ``directory/metrics.jsonl``; ``name`` stands at the start of every line."""
-        self._path = directory / METRICS
+        """Append to ``directory/metrics.jsonl``; ``name`` stands at the start of every line.
+
+        Without a directory no file is written.
+        """
+        self._path = directory / METRICS if directory is not None else None
         self._tracker = tracker
         self._console = console
         self._name = name
@@ -83,8 +86,9 @@ class MetricsLog:
         if wrong:
             raise TrainingError(f"step {step}: not a finite number: {', '.join(wrong)}")
         line = json.dumps({"step": step} | {key: float(value) for key, value in values.items()})
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
         if self._tracker is not None:
             self._tracker.log(step, values)
         text = format_values(values)

@@ -20,6 +20,7 @@ from align.plan_setup import (
     training_items,
 )
 from align.recipe import Recipe, StageName
+from align.recipe_distributed import rows_and_passes
 from align.recipe_ppo import Ppo
 from align.stages import planned_stages
 
@@ -37,11 +38,18 @@ def plan_recipe(
         on_cpu: with what a CPU's memory needs more than a GPU's.
 
     Raises:
-        InputError: an adapter's target is not a layer of the base; see ``pretrained_shape``.
+        InputError: an adapter's target is not a layer of the base; it is not known what the
+            adapter's method takes; see ``pretrained_shape``.
     """
-    if recipe.adapter.method != "lora" or recipe.adapter.dora:
-        used = "dora=true" if recipe.adapter.dora else f"method={recipe.adapter.method}"
-        raise InputError(f"adapter.{used}: align plan only knows lora without dora")
+    method, later = recipe.adapter.method, {"ppo", "evaluate"} & set(planned_stages(recipe))
+    if method not in ("lora", "full") or (method == "lora" and recipe.adapter.dora):
+        used = "dora=true" if recipe.adapter.dora else f"method={method}"
+        raise InputError(f"adapter.{used}: align plan only knows lora without dora, and full")
+    if method == "full" and later:
+        raise InputError(
+            f"adapter.method=full: align plan knows it in sft and reward only; plan without"
+            f" {' and '.join(sorted(later))}"
+        )
     setup = Setup(recipe, base or pretrained_shape(recipe), on_cpu)
     makers: dict[StageName, Callable[[Setup], StagePlan]] = {
         "pretrain": _pretrain,
@@ -76,7 +84,7 @@ def _pretrain(setup: Setup) -> StagePlan:
     """All weights in float32, on blocks of one length without padding."""
     section, shape = setup.recipe.pretrain, setup.shape
     assert section is not None
-    tokens = (section.micro_batch_size or section.batch_size) * section.sequence_length
+    tokens = rows_and_passes(section, setup.recipe.distributed)[0] * section.sequence_length
     full, count = Compute(FLOAT, None), shape.parameters
     gradients, states = training_items([count], section)
     kept = (
@@ -97,10 +105,10 @@ def _sft(setup: Setup) -> StagePlan:
     section, shape, recipe = setup.recipe.sft, setup.shape, setup.recipe
     assert section is not None
     width, longest = setup.width, setup.longest
-    rows = section.micro_batch_size or section.batch_size
+    rows, _ = rows_and_passes(section, recipe.distributed)
     tokens = rows * longest
-    adapter = setup.adapter("policy")
-    gradients, states = training_items(shape.lora_tensors(recipe.adapter), section)
+    weights, trained = setup.model("policy")
+    gradients, states = training_items(trained, section)
     # A tile of them in place on a GPU; on a CPU torch makes eight of its size and a mask.
     part = min(shape.vocab, _TRL_VOCAB) if setup.on_cpu else _TRL_VOCAB
     tile = min(tokens, _TRL_TOKENS) * part
@@ -127,7 +135,7 @@ def _sft(setup: Setup) -> StagePlan:
     check = logits_item("logits of both", _PROBE_ROWS * longest, shape.vocab, 2 * width)
     items = (setup.forward(_PROBE_ROWS * longest), check, *setup.dequantized())
     phases.append(Phase("check of what was saved", items))
-    return StagePlan("sft", (overhead("sft"), *setup.base(), adapter, states), tuple(phases))
+    return StagePlan("sft", (overhead("sft"), *weights, states), tuple(phases))
 
 
 def _reward(setup: Setup) -> StagePlan:
@@ -136,17 +144,12 @@ def _reward(setup: Setup) -> StagePlan:
     assert section is not None
     shape, longest = setup.shape, setup.longest
     responses = responses_per_ranking(recipe)
-    rows = responses * (section.micro_batch_size or section.batch_size)
-    trained = [*shape.lora_tensors(recipe.adapter), shape.hidden]
-    gradients, states = training_items(trained, section)
+    rows = responses * rows_and_passes(section, recipe.distributed)[0]
+    weights, trained = setup.model("reward", head=False)
+    gradients, states = training_items([*trained, shape.hidden], section)
     # PEFT keeps the head as it was beside the one that is trained.
-    kept = (
-        overhead("reward"),
-        *setup.base(head=False),
-        setup.adapter("reward"),
-        setup.head("reward", copies=2),
-        states,
-    )
+    head = setup.head("reward", copies=1 if setup.full else 2)
+    kept = (overhead("reward"), *weights, head, states)
     training = (
         gradients,
         setup.activations(setup.padded(), rows * longest, setup.adapted),

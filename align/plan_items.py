@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Literal
 
 from align.plan_memory import zero_per_gpu
+from align.recipe_distributed import Offload, Zero
 
 # Of the activations' size, on a CPU: 0.8 to 1.0 for sft, reward and ppo on a Llama of 36 million
 # parameters with LoRA in float32.
@@ -73,8 +75,30 @@ class StagePlan:
 
     def offloaded(self, gpus: int) -> int:
         """Return the peak per GPU at ZeRO 3 with the optimiser's states in main memory."""
-        without = tuple(replace(i, bytes=0) if i.kind == "states" else i for i in self.kept)
-        return replace(self, kept=without).per_gpu(gpus)[3]
+        return self._without("states").per_gpu(gpus)[3]
+
+    def trained_together(self, gpus: int, zero: Zero, offload: Offload) -> int:
+        """Return the peak per GPU where so many train by this way of ZeRO.
+
+        What comes after training the first process does alone, with whole weights beside the share
+        of them that ZeRO 3 has left it.
+        """
+        gone: dict[Offload, tuple[Kind, ...]] = {
+            "none": (),
+            "optimizer": ("states",),
+            "all": ("states", "weights"),
+        }
+        shared = self._without(*gone[offload])
+        if zero < 3:
+            return shared.per_gpu(gpus)[zero]
+        training = replace(shared, phases=self.phases[:1]).per_gpu(gpus)[3]
+        left = _of_kind(shared.kept, "weights") + _of_kind(shared.kept, "states")
+        alone = replace(self._without("states"), phases=self.phases[1:])
+        return max([training, *(alone.total(p) + ceil(left / gpus) for p in alone.phases)])
+
+    def _without(self, *kinds: Kind) -> "StagePlan":
+        kept = tuple(replace(i, bytes=0) if i.kind in kinds else i for i in self.kept)
+        return replace(self, kept=kept)
 
 
 def with_heap_holes(plan: StagePlan) -> StagePlan:

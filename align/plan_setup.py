@@ -58,9 +58,14 @@ class Setup:
         return self.recipe.data.max_prompt_tokens + self.recipe.data.max_response_tokens
 
     @property
+    def full(self) -> bool:
+        """Whether sft and reward train all weights, and there is no frozen base."""
+        return self.recipe.adapter.method == "full"
+
+    @property
     def adapted(self) -> int:
-        """Blocks that carry adapters: those through which gradients flow."""
-        return self.shape.adapted_layers(self.recipe.adapter)
+        """Blocks that are trained or carry adapters: those through which gradients flow."""
+        return self.shape.layers if self.full else self.shape.adapted_layers(self.recipe.adapter)
 
     def compute(self, *, joined: bool = False, expanded: bool = False) -> Compute:
         """Return how adapters on the base are trained in PPO, which has no dropout."""
@@ -68,6 +73,8 @@ class Setup:
 
     def padded(self) -> Compute:
         """Return how the stages before PPO train them: on padded rows."""
+        if self.full:
+            return Compute(self.width, None, expanded=True)
         dropout = self.recipe.adapter.dropout > 0
         return Compute(self.width, self.recipe.adapter, expanded=True, dropout=dropout)
 
@@ -103,6 +110,18 @@ class Setup:
         count = sum(self.shape.lora_tensors(self.recipe.adapter))
         how = f"{count:,} x {FLOAT} B; r={self.recipe.adapter.r}"
         return Item(f"adapter: {role}", count * FLOAT, how, "weights")
+
+    def model(self, role: str, *, head: bool = True) -> tuple[list[Item], list[int]]:
+        """Return the weights of what sft or reward train and stand on; sizes of trained tensors.
+
+        Args:
+            head: with the output embeddings.
+        """
+        if not self.full:
+            tensors = self.shape.lora_tensors(self.recipe.adapter)
+            return [*self.base(head=head), self.adapter(role)], tensors
+        count = self.shape.parameters - (0 if head else self.shape.head)
+        return [Item(f"model: {role}", count * FLOAT, f"{count:,} x {FLOAT} B", "weights")], [count]
 
     def head(self, role: str, copies: int = 1) -> Item:
         """Return a role's score head, whose shift and scale count as two numbers."""

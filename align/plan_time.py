@@ -215,7 +215,9 @@ def _evaluate(setup: Setup) -> StageWork:
 
 
 def _adapting(setup: Setup) -> float:
-    """Return how many passes forward a pass with gradients for adapters is worth."""
+    """Return how many passes forward a training pass of sft and reward is worth."""
+    if setup.full:
+        return 3 + setup.checkpointing
     share = setup.adapted / setup.shape.layers
     return 1 + share * (1 + setup.checkpointing)
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from align.recipe_adapter import Adapter
+from align.recipe_distributed import Distributed
 from align.recipe_ppo import Ppo
 from align.recipe_reward import Label, Reward
 from align.recipe_run import Run
@@ -236,21 +237,6 @@ class Evaluate(Section):
     category: FunctionName | None = None
 
 
-class Distributed(Section):
-    """How many processes; more than one arrives with DeepSpeed."""
-
-    processes: Positive = 1
-    zero_stage: Literal[0, 1, 2, 3] = 0
-
-    @model_validator(mode="after")
-    def _check(self) -> "Distributed":
-        if self.processes != 1:
-            refuse_planned("processes", "1")
-        if self.zero_stage != 0:
-            refuse_planned("zero_stage", "0")
-        return self
-
-
 class Tracking(Section):
     """Weights & Biases. ``auto``: online with a key, else offline; it never asks."""
 
@@ -280,6 +266,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _stages_have_what_they_need(self) -> "Recipe":
         problems = self._base_problems() + self._stage_problems() + self._adapter_problems()
+        problems += self.distributed.problems(self)
         if problems:
             refuse_all(problems)
         return self

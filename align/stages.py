@@ -64,6 +64,12 @@ def planned_stages(recipe: Recipe) -> tuple[StageName, ...]:
     )
 
 
+def group_size(recipe: Recipe, stage: StageName) -> int | None:
+    """Return how many processes make a stage together; None: one that is alone."""
+    alone = stage == "evaluate" or not recipe.distributed.together
+    return None if alone else recipe.distributed.processes
+
+
 def parent_stages(recipe: Recipe, stage: StageName) -> tuple[StageName, ...]:
     """Return the stages that ``stage`` reads from, in order."""
     available = [

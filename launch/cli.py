@@ -50,6 +50,10 @@ Overrides = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Make stages from nothing, done or not.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be started, and why.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Processes = Annotated[
+    int | None,
+    typer.Option("--nproc", min=1, help="Processes that train together: distributed.processes."),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
 
 Exported = Literal["sft", "reward", "ppo"]
@@ -150,13 +154,15 @@ def _add_command(
     def command(
         given: Annotated[str, subject],
         overrides: Overrides = None,
+        nproc: Processes = None,
         force: Force = False,
         dry_run: DryRun = False,
         as_json: Json = False,
         debug: Debug = False,
     ) -> None:
         settings = _settings(as_json, debug, force=force, dry_run=dry_run)
-        work(open_subject(given, overrides or (), settings))
+        group = [f"distributed.processes={nproc}"] if nproc is not None else []
+        work(open_subject(given, [*(overrides or ()), *group], settings))
 
 
 _add_command("run", "Run every stage that is not up to date; then the report.", _run)
@@ -176,7 +182,10 @@ def plan(
     recipe: Annotated[str, RECIPE],
     overrides: Overrides = None,
     memory: Annotated[str | None, typer.Option(help="What there is, as 24GiB.")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the work.")] = 1,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="GPUs that share the work; default: distributed.processes."),
+    ] = None,
     card: Annotated[
         str | None, typer.Option(help="A GPU, as a100-80g: its memory, and the time on it.")
     ] = None,
@@ -359,6 +368,8 @@ def _show_plan(experiment: Experiment, stages: tuple[StageName, ...]) -> None:
     for stage, facts in plan.items():
         why = f" ({facts['why']})" if facts["why"] else ""
         print(f"{stage}: {facts['state']}{why}\n  {facts['command']}")
+        if "deepspeed" in facts:
+            print(f"  DeepSpeed: {json.dumps(facts['deepspeed'])}")
 
 
 def _summary(experiment: Experiment) -> dict[str, Any]:

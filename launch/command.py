@@ -66,16 +66,22 @@ def stage_command(
     overrides: Sequence[str] = (),
     *,
     force: bool = False,
+    processes: int | None = None,
     debug: bool = False,
     spare_memory: bool = False,
 ) -> Command:
-    """Return the process that makes one stage.
+    """Return the process that makes one stage, or that starts the group of those that do.
 
     Args:
+        processes: of the group; None: the stage runs in one that is alone.
         spare_memory: rather than time.
     """
     flags = ["--force"] * force + ["--debug"] * debug
-    command = python.module("pipelines.stage", [stage, str(recipe), *overrides, *flags])
+    arguments = [stage, str(recipe), *overrides, *flags]
+    if processes is None:
+        command = python.module("pipelines.stage", arguments)
+    else:
+        command = python.module("pipelines.several", [str(processes), *arguments])
     settings = RETURN_MEMORY if spare_memory else KEEP_MEMORY
     memory = {name: value for name, value in settings.items() if name not in python.environ}
     return Command(command.argv, command.env | memory)

@@ -20,6 +20,7 @@ from align.recipe import Recipe, StageName
 from align.recipe_io import find_recipe, load_recipe, shipped_recipes
 from align.stages import (
     STAGES,
+    group_size,
     named_files,
     parent_stages,
     planned_stages,
@@ -31,6 +32,7 @@ from align.stages import (
     stage_directory,
     why_not_done,
 )
+from align.zero import deepspeed_settings
 from launch import processes
 from launch.command import (
     Command,
@@ -94,6 +96,7 @@ class Experiment:
             self.file,
             self.overrides,
             force=self.settings.force,
+            processes=group_size(self.recipe, stage),
             debug=self.settings.debug,
             spare_memory=self.recipe.base.gradient_checkpointing,
         )
@@ -300,6 +303,9 @@ def plan(experiment: Experiment, stages: Sequence[StageName]) -> dict[StageName,
             "argv": list(command.argv),
             "command": command.shell_line(),
         }
+        if experiment.recipe.distributed.zero and stage != "evaluate":
+            section = getattr(experiment.recipe, stage)
+            result[stage]["deepspeed"] = deepspeed_settings(experiment.recipe.distributed, section)
     return result
 
 

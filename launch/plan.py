@@ -19,7 +19,9 @@ from align.plan_model import Shape, read_shape
 from align.plan_time import Speed, StageWork, calibrated_speed, card_speed, plan_work
 from align.published import CARDS, CONFIGS
 from align.recipe import Recipe
+from align.recipe_distributed import Distributed
 from align.stages import stage_directory
+from align.zero import deepspeed_settings
 from launch.command import Python
 from launch.experiment import Experiment
 from launch.packages import ROOT
@@ -47,7 +49,7 @@ def read_memory(text: str) -> int:
 def plan_experiment(
     experiment: Experiment,
     memory: str | None = None,
-    gpus: int = 1,
+    gpus: int | None = None,
     card: str | None = None,
     *,
     calibrate: bool = False,
@@ -62,6 +64,7 @@ def plan_experiment(
         raise InputError("--card and --calibrate: the time is that of one device; give one of them")
     if card is not None and card not in CARDS:
         raise InputError(f"--card={card}: not one that plan knows; allowed: {', '.join(CARDS)}")
+    gpus = gpus or experiment.recipe.distributed.processes
     if on_cpu and (card is not None or gpus > 1):
         raise InputError("--cpu: has no GPUs; allowed without: --card, --gpus")
     limit = read_memory(memory) if memory is not None else None
@@ -167,7 +170,7 @@ def make_plan(
         InputError: the recipe has no stage.
     """
     planner = partial(plan_recipe, base=shape, on_cpu=on_cpu)
-    peak = partial(_peak, gpus=gpus)
+    peak = partial(_peak, gpus=gpus, chosen=recipe.distributed)
     stages = planner(recipe)
     if not stages:
         raise InputError(f"{recipe.name}: has no section of a stage; nothing to plan")
@@ -179,9 +182,18 @@ def make_plan(
         "stages": {stage.stage: _stage(stage) for stage in stages},
         "time": _time(plan_work(recipe, shape), shape, speed),
     }
+    if recipe.distributed.zero:
+        sections = {s.stage: getattr(recipe, s.stage) for s in stages if s.stage != "evaluate"}
+        result["deepspeed"] = {
+            stage: deepspeed_settings(recipe.distributed, section)
+            for stage, section in sections.items()
+        }
     if gpus > 1:
-        result |= {"gpus": gpus, "per_gpu": {s.stage: _shares(s, gpus) for s in stages}}
-        result["by_gpus"] = {n: _by_gpus(stages, n, memory) for n in _counts(gpus)}
+        shares = {s.stage: _shares(s, gpus, recipe.distributed) for s in stages}
+        result |= {"gpus": gpus, "way": _way(recipe.distributed), "per_gpu": shares}
+        result["by_gpus"] = {
+            n: _by_gpus(stages, n, memory, recipe.distributed) for n in _counts(gpus)
+        }
         result["full_training"] = {n: _full_training(shape, n) for n in _counts(gpus)}
     if memory is not None:
         result |= {"memory_bytes": memory, "fits": result["peak_bytes"] <= memory}
@@ -191,15 +203,28 @@ def make_plan(
     return result
 
 
-def _peak(stage: StagePlan, gpus: int) -> int:
-    """Return a stage's peak on each of so many GPUs, partitioned as far as it goes."""
-    return stage.peak if gpus == 1 else min(_shares(stage, gpus).values())
+def _peak(stage: StagePlan, gpus: int, chosen: Distributed) -> int:
+    """Return a stage's peak on each of so many GPUs: as the recipe partitions, else at the best."""
+    shares, way = _shares(stage, gpus, chosen), _way(chosen)
+    if way is not None and stage.stage != "evaluate":  # made by one process
+        return shares[way]
+    return stage.peak if gpus == 1 else min(shares.values())
 
 
-def _shares(stage: StagePlan, gpus: int) -> dict[str, int]:
+def _way(chosen: Distributed) -> str | None:
+    """Return how a recipe partitions its training, in the words of the table."""
+    words = {"none": "", "optimizer": ", offload", "all": ", offload all"}[chosen.offload]
+    return f"ZeRO {chosen.zero}{words}" if chosen.together else None
+
+
+def _shares(stage: StagePlan, gpus: int, chosen: Distributed) -> dict[str, int]:
     """Return the peak per GPU for each way of partitioning, the simplest first."""
     shares = {f"ZeRO {number}": share for number, share in enumerate(stage.per_gpu(gpus))}
-    return shares | {"ZeRO 3, offload": stage.offloaded(gpus)}
+    shares["ZeRO 3, offload"] = stage.offloaded(gpus)
+    way = _way(chosen)
+    if way is not None:
+        shares[way] = stage.trained_together(gpus, chosen.zero, chosen.offload)
+    return shares
 
 
 def _counts(gpus: int) -> list[int]:
@@ -207,9 +232,11 @@ def _counts(gpus: int) -> list[int]:
     return [*(2**n for n in range(gpus.bit_length()) if 2**n < gpus), gpus]
 
 
-def _by_gpus(stages: Sequence[StagePlan], gpus: int, memory: int | None) -> dict[str, Any]:
+def _by_gpus(
+    stages: Sequence[StagePlan], gpus: int, memory: int | None, chosen: Distributed
+) -> dict[str, Any]:
     """Return the largest stage's peak for each way of partitioning, and the simplest that fits."""
-    by_stage = [_shares(stage, gpus) for stage in stages]
+    by_stage = [_shares(stage, gpus, chosen) for stage in stages]
     largest = {way: max(shares[way] for shares in by_stage) for way in by_stage[0]}
     if memory is None:
         return {"bytes": largest}

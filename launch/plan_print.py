@@ -1,9 +1,11 @@
 """A plan as text: every number beside its arithmetic, then the sums and the verdict."""
 
+import json
 from typing import Any
 
 _ZERO_NOTE = """\
-  offload: the optimiser's states in main memory. A plan only: Align trains in one process so far"""
+  offload: the optimiser's states in main memory; offload all: the weights, too. Align trains
+  pretrain, sft and reward so (distributed.processes, zero, offload); ppo in one process"""
 
 
 def print_plan(plan: dict[str, Any]) -> None:
@@ -19,9 +21,13 @@ def print_plan(plan: dict[str, Any]) -> None:
             _print_items(phase["items"])
         print()
     _print_time(plan["time"])
+    for stage, settings in plan.get("deepspeed", {}).items():
+        print(f"DeepSpeed in {stage}: {json.dumps(settings)}\n")
     if "gpus" in plan:
         _print_gpus(plan)
     where = f"on each of {plan['gpus']} GPUs" if "gpus" in plan else "on one device"
+    if plan.get("way"):
+        where += f" with {plan['way']}"
     print(f"largest: {plan['largest_stage']}, {_size(plan['peak_bytes'])} {where}")
     if "fits" in plan:
         _print_verdict(plan)

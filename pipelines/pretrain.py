@@ -7,6 +7,7 @@ equal length: no padding, and every token but a block's first is predicted.
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 
 import torch
@@ -28,6 +29,7 @@ from data.records import Record
 from data.render import Renderer, Tokens, render_all
 from data.tokenizer import prepare_tokenizer, train_tokenizer, training_text
 from pipelines.heldout import heldout_loss, perplexity
+from pipelines.shared_training import alone_again, share_batches
 from pipelines.stage import StageJob, StageResult
 from pipelines.trainer_checkpoints import train_to_end
 from pipelines.trainer_log import training_arguments
@@ -35,7 +37,7 @@ from pipelines.trainer_log import training_arguments
 _NO_LIMIT = 2**31
 
 
-def run(job: StageJob) -> StageResult:
+def run(job: StageJob) -> StageResult | None:
     """Train tokenizer and model on ``data.pretrain``; write both to ``model/``."""
     section = job.recipe.pretrain
     assert section is not None
@@ -56,8 +58,16 @@ def run(job: StageJob) -> StageResult:
     job.log.note(
         f"pretrain  {blocks.numel()} tokens in {len(blocks)} blocks, vocabulary {len(tokenizer)}"
     )
-    model = new_llama(section.model, tokenizer, derive_seed(job.recipe.seed, "pretrain"))
-    metrics = _train(job, section, model, blocks)
+    new = partial(new_llama, section.model, tokenizer, derive_seed(job.recipe.seed, "pretrain"))
+    model = new()
+    trainer = _trainer(job, section, model, blocks)
+    metrics = train_to_end(trainer, job).last
+    if job.recipe.distributed.together:
+        whole = alone_again(trainer, model, new)
+        if whole is None:
+            return None
+        model = whole
+        del whole
 
     model.eval()
     if heldout:
@@ -109,10 +119,7 @@ def _tokenizer(recipe: Recipe, records: Sequence[Record]) -> PreTrainedTokenizer
     return prepare_tokenizer(tokenizer, section)
 
 
-def _train(
-    job: StageJob, section: Pretrain, model: PreTrainedModel, blocks: Tensor
-) -> dict[str, float]:
-    """Train ``model`` in place and return what was logged last."""
+def _trainer(job: StageJob, section: Pretrain, model: PreTrainedModel, blocks: Tensor) -> Trainer:
     trainer = Trainer(
         model=model,
         args=training_arguments(
@@ -121,6 +128,7 @@ def _train(
             job.directory,
             steps=section.steps,
             seed=job.recipe.seed,
+            distributed=job.recipe.distributed,
             dataloader_drop_last=True,  # every step has full batches
             remove_unused_columns=False,
             include_num_input_tokens_seen="all",
@@ -128,7 +136,9 @@ def _train(
         train_dataset=TensorDataset(blocks),
         data_collator=_collate,
     )
-    return train_to_end(trainer, job).last
+    if job.recipe.distributed.together:
+        share_batches(trainer, section, len(blocks), blank=False)
+    return trainer
 
 
 def _collate(rows: list[tuple[Tensor]]) -> dict[str, Tensor]:

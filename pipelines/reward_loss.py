@@ -24,7 +24,7 @@ from reward.ranking import (
 
 def reward_loss(
     section: Reward,
-    model: RewardModel,
+    model: nn.Module,
     batch: Batch,
     *,
     lm_head: nn.Module | None,
@@ -39,6 +39,8 @@ def reward_loss(
     Radford et al. 2018, eq. 5).
 
     Args:
+        model: a ``RewardModel``; where none of its parts is asked for, also one that is wrapped
+            for training in several processes.
         batch: see ``pipelines.ranked_tokens.collate``.
         lm_head: the output embeddings; only for ``aux_lm_coef``.
         num_rankings: of the whole optimiser step; None: of this batch.
@@ -46,8 +48,13 @@ def reward_loss(
     Returns:
         A scalar, and the scores ``[N]``.
     """
-    states = model.states(batch["input_ids"], batch["attention_mask"])
-    scores = model.score(states, batch["attention_mask"])
+    states: Tensor | None = None
+    if section.aux_lm_coef:
+        assert isinstance(model, RewardModel)
+        states = model.states(batch["input_ids"], batch["attention_mask"])
+        scores = model.score(states, batch["attention_mask"])
+    else:
+        scores = model(batch["input_ids"], batch["attention_mask"])
     ranked = scores, batch["groups"], batch["targets"]
     if section.loss == "listwise":
         loss = listwise_loss(*ranked, num_rankings=num_rankings)
@@ -64,6 +71,7 @@ def reward_loss(
         loss = loss + section.centering_coef * penalty
     if section.aux_lm_coef:
         assert lm_head is not None
+        assert states is not None
         language = _lm_loss(states, batch, lm_head, num_rankings)
         loss = loss + section.aux_lm_coef * language
     return loss, scores

@@ -6,7 +6,7 @@ of InstructGPT, and is then shifted so that the demonstrations score 0 on averag
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from pipelines.memory_check import check_memory
 from pipelines.ranked_tokens import Batch, RankedTokens, collate, ranked_tokens
 from pipelines.reward_loss import check_columns, margin_of, output_head, reward_loss
 from pipelines.reward_report import measure
+from pipelines.shared_training import alone_again, share_batches
 from pipelines.stage import StageJob, StageResult
 from pipelines.trainer_checkpoints import train_to_end
 from pipelines.trainer_log import num_steps, training_arguments
@@ -58,7 +59,7 @@ class Tokenized:
     pad_id: int
 
 
-def run(job: StageJob) -> StageResult:
+def run(job: StageJob) -> StageResult | None:
     """Train, measure, centre, save and check a reward model; see the module's docstring."""
     recipe, section = job.recipe, job.recipe.reward
     assert section is not None
@@ -69,18 +70,21 @@ def run(job: StageJob) -> StageResult:
     job.check_origin(tokenizer, facts)
     tokens = _tokenize(job, tokenizer)
 
-    start = load_causal_lm(recipe, location if is_adapter(sft) else str(sft))
-    base_parameters = start.num_parameters()
-    lm_head = output_head(start) if section.aux_lm_coef else None
-    seed = derive_seed(recipe.seed, "reward", "head")
-    model = new_reward_model(start, recipe.adapter, sft, seed)
-    check_trained(model.classifier, recipe.adapter.method)
+    base_parameters, model, lm_head = _new_model(recipe, location, sft)
     share = trained_share(model.classifier, base_parameters)
-    del start  # its output embeddings are not needed, or kept as lm_head
-    if recipe.base.gradient_checkpointing:
-        recompute_activations(model.backbone)
     job.log.note(f"reward  {say_share(recipe.adapter.method, share)}")
-    steps = _train(job, model, tokens, lm_head)
+    trainer = _trainer(job, model, tokens, lm_head)
+    if not recipe.distributed.zero:
+        _try_longest(recipe, section, model, tokens, lm_head)
+    train_to_end(trainer, job)
+    if recipe.distributed.together:
+        whole = alone_again(trainer, model, lambda: _new_model(recipe, location, sft)[1])
+        if whole is None:
+            return None
+        model = whole
+        del whole
+    steps = trainer.state.global_step
+    model.eval()
     # First of all: what follows may run out of memory.
     folder = job.directory / "model"
     model.save(folder, location, facts.revision)
@@ -107,10 +111,28 @@ def run(job: StageJob) -> StageResult:
     probe = (tokens.demonstrations or tokens.train[0].rows())[:PROBE_ROWS]
     expected = score(probe)
     # The live model goes first: two of them need not fit into memory.
-    del model, score
+    del model, score, trainer, lm_head
     gc.collect()
     check_reload(recipe, location, folder, probe, expected, tokens.pad_id, batch_size=batch_size)
     return StageResult(metrics, ("model",), tokenizer, facts)
+
+
+def _new_model(
+    recipe: Recipe, location: str, sft: Path
+) -> tuple[int, RewardModel, nn.Module | None]:
+    """Return the base's parameters, a reward model that starts from the SFT model, and the output
+    embeddings if its loss reads them.
+    """
+    assert recipe.reward is not None
+    start = load_causal_lm(recipe, location if is_adapter(sft) else str(sft))
+    base_parameters = start.num_parameters()
+    lm_head = output_head(start) if recipe.reward.aux_lm_coef else None
+    seed = derive_seed(recipe.seed, "reward", "head")
+    model = new_reward_model(start, recipe.adapter, sft, seed)
+    check_trained(model.classifier, recipe.adapter.method)
+    if recipe.base.gradient_checkpointing:
+        recompute_activations(model.backbone)
+    return base_parameters, model, lm_head
 
 
 class RankingTrainer(Trainer):
@@ -135,7 +157,12 @@ class RankingTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         counts = [count_rankings(batch["groups"], batch["targets"]) for batch in batch_samples]
-        return torch.stack(counts).sum().clamp(min=1).to(device)
+        return self._over_all(torch.stack(counts).sum().to(device)).clamp(min=1)
+
+    def _over_all(self, count: Tensor) -> Tensor:
+        """Return the sum over the processes."""
+        total: Tensor = self.accelerator.reduce(count, "sum")
+        return total
 
     def compute_loss(
         self,
@@ -145,7 +172,6 @@ class RankingTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return this micro batch's share of the optimiser step's loss."""
-        assert isinstance(model, RewardModel)
         loss, scores = reward_loss(
             self._section, model, inputs, lm_head=self._lm_head, num_rankings=num_items_in_batch
         )
@@ -153,12 +179,16 @@ class RankingTrainer(Trainer):
         outcomes, _ = pair_outcomes(scores.detach(), groups, targets)
         self._right += outcomes.sum().item()
         self._pairs += outcomes.numel()
+        loss = loss * self.accelerator.num_processes  # their gradients are averaged
         return (loss, {"scores": scores}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the accuracy on the pairs since the last line."""
-        if "loss" in logs and self._pairs:
-            logs["accuracy"] = self._right / self._pairs
+        if "loss" in logs:
+            sums = torch.tensor([self._right, self._pairs], device=self.args.device)
+            right, pairs = self._over_all(sums).tolist()
+            if pairs:
+                logs["accuracy"] = right / pairs
             self._right, self._pairs = 0.0, 0
         super().log(logs, start_time)
 
@@ -232,32 +262,40 @@ def _demonstrations(job: StageJob, renderer: Renderer) -> list[Row]:
     return rows
 
 
-def _train(job: StageJob, model: RewardModel, tokens: Tokenized, lm_head: nn.Module | None) -> int:
-    """Train in place; return the number of optimiser steps."""
-    section = job.recipe.reward
+def _trainer(
+    job: StageJob, model: RewardModel, tokens: Tokenized, lm_head: nn.Module | None
+) -> RankingTrainer:
+    recipe, section = job.recipe, job.recipe.reward
     assert section is not None
-    steps = num_steps(len(tokens.train), section, section.epochs)
-    seed = derive_seed(job.recipe.seed, "reward", "training")
+    together, seed = recipe.distributed.together, derive_seed(recipe.seed, "reward", "training")
+    order = SortedBatches([row.width for row in tokens.train], section.batch_size, seed)
     trainer = RankingTrainer(
         section=section,
         lm_head=lm_head,
-        order=SortedBatches([row.width for row in tokens.train], section.batch_size, seed),
+        order=order,
         model=model,
         args=training_arguments(
             TrainingArguments,
             section,
             job.directory,
-            steps=steps,
+            steps=num_steps(len(tokens.train), section, section.epochs),
             seed=seed,
+            distributed=recipe.distributed,
             remove_unused_columns=False,
         ),
-        train_dataset=tokens.train,
+        train_dataset=tokens.train + ([_blank(tokens.train[0])] if together else []),
         data_collator=lambda rows: collate(rows, tokens.pad_id),
     )
-    _try_longest(job.recipe, section, model, tokens, lm_head)
-    train_to_end(trainer, job)
-    model.eval()
-    return steps
+    if together:
+        share_batches(trainer, section, len(tokens.train), blank=True, order=order)
+    return trainer
+
+
+def _blank(row: RankedTokens) -> RankedTokens:
+    """Return a row from which nothing is learned: one response is no ranking."""
+    token = row.prompt[:1]
+    only = replace(row.ranking, responses=row.ranking.responses[:1], scores=row.targets[:1])
+    return RankedTokens(token, (token,), only)
 
 
 def _try_longest(

@@ -8,6 +8,7 @@ import gc
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,6 +45,7 @@ from data.render import IGNORED, Renderer, Tokens, render_all
 from data.tokenizer import prepare_tokenizer
 from pipelines.heldout import heldout_loss, perplexity
 from pipelines.memory_check import check_memory
+from pipelines.shared_training import alone_again, share_batches
 from pipelines.stage import StageJob, StageResult
 from pipelines.trainer_checkpoints import train_to_end
 from pipelines.trainer_log import num_steps, training_arguments
@@ -54,7 +56,7 @@ _PROBE_ROWS = 4  # rows on which the saved model is compared with the one in mem
 Trained = PeftModel | PreTrainedModel
 
 
-def run(job: StageJob) -> StageResult:
+def run(job: StageJob) -> StageResult | None:
     """Tune by ``adapter.method`` on ``data.sft``; write ``model/``, and sampled answers."""
     recipe, section = job.recipe, job.recipe.sft
     assert section is not None
@@ -77,10 +79,17 @@ def run(job: StageJob) -> StageResult:
     model = add_adapter(base_model, recipe)
     trainer = make_trainer(job, section, model, tokenizer, train)
     with separate_rows(trainer, base_model, section):
-        try_longest(recipe, section, trainer)
+        if not recipe.distributed.zero:
+            try_longest(recipe, section, trainer)
         share = trained_share(model, base_parameters)
         job.log.note(f"sft  {say_share(recipe.adapter.method, share)}")
         callback = train_to_end(trainer, job)
+    if recipe.distributed.together:
+        whole = alone_again(trainer, model, partial(_new_model, recipe, location))
+        if whole is None:
+            return None
+        model = whole
+        del whole
     model.eval()
     # First of all: what follows may run out of memory.
     folder = job.directory / "model"
@@ -104,6 +113,10 @@ def run(job: StageJob) -> StageResult:
     gc.collect()
     check_reload(recipe, location, folder, probe, expected)
     return StageResult(metrics, ("model",), tokenizer, base)
+
+
+def _new_model(recipe: Recipe, location: str) -> Trained:
+    return add_adapter(load_causal_lm(recipe, location), recipe)
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -183,6 +196,7 @@ def make_trainer(
             job.directory,
             steps=steps,
             seed=seed,
+            distributed=job.recipe.distributed,
             max_length=None,  # rows come within their limits; TRL would cut and drop
             packing=False,  # done above, where the rows can be counted
             padding_free=section.packing,
@@ -204,7 +218,16 @@ def make_trainer(
             f"sft: {len(rows)} rows with {wanted} learned tokens went into the trainer, which has"
             f" {count} with {learned}"
         )
+    if job.recipe.distributed.together:
+        trainer.train_dataset = kept.add_item(_blank(kept))
+        share_batches(trainer, section, len(kept), blank=True)
     return trainer
+
+
+def _blank(rows: Dataset) -> dict[str, Any]:
+    """Return a row like the others from which nothing is learned, as short as can be."""
+    blank = {"input_ids": rows[0]["input_ids"][:2], "labels": [IGNORED] * 2}
+    return blank | ({"seq_lengths": [2]} if "seq_lengths" in rows.column_names else {})
 
 
 @contextmanager

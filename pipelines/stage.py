@@ -4,10 +4,13 @@
 
 What can be checked without a model is checked before torch is imported, so that a user's mistake
 shows within seconds. A stage's module has ``run(job) -> StageResult``; its earlier result is
-removed when it first uses ``StageJob.log``, and its manifest is written when all is done.
+removed when it first uses ``StageJob.log``, and its manifest is written when all is done. Where
+several processes train together (``pipelines.several``) all run this; the first writes and speaks,
+and the others end with None for a result when training has ended.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import sys
@@ -20,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from align import group, stages
 from align import manifest as manifests
-from align import stages
 from align.checkpoints import Checkpoint, continue_folder, find_checkpoint, remove_checkpoints
 from align.errors import AlignError, DataError, InputError, ParentError, stopped_by
 from align.lock import locked
@@ -115,7 +118,12 @@ class StageJob:
         return self._checkpoints
 
     def _begin(self) -> MetricsLog:
-        found = None if self.force else self._find_checkpoint()
+        group.wait()  # until all have checked what is about to be removed
+        if not group.is_first():
+            self._checkpoints = self._checkpoints_from(None, None)
+            return MetricsLog(None, None, self.console)
+        anew = self.force or self.recipe.distributed.together
+        found = None if anew else self._find_checkpoint()
         if found is None:
             manifests.begin_folder(self.directory)
         else:
@@ -125,15 +133,18 @@ class StageJob:
             (folder / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
         wandb_id = found.facts.wandb_id if found is not None else None
         self.tracker = start_tracker(self.recipe, self.stage, run, wandb_id)
-        self._checkpoints = Checkpoints(
+        self._checkpoints = self._checkpoints_from(found, self.tracker.id or wandb_id)
+        return MetricsLog(self.directory, self.tracker, self.console, self.stage)
+
+    def _checkpoints_from(self, found: Checkpoint | None, wandb_id: str | None) -> Checkpoints:
+        return Checkpoints(
             self.directory,
             self.recipe.run,
             found,
             inputs_sha256=self.inputs_sha256,
-            wandb_id=self.tracker.id or wandb_id,
+            wandb_id=wandb_id,
             signals=self.signals,
         )
-        return MetricsLog(self.directory, self.tracker, self.console, self.stage)
 
     def _find_checkpoint(self) -> Checkpoint | None:
         def say(text: str) -> None:
@@ -224,14 +235,14 @@ class StageJob:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one stage and return the exit code: 0 done, 1 failed, 2 bad input, 128 + n signal n."""
     options = _parser().parse_intermixed_args(arguments)
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not group.is_first())
     job: StageJob | None = None
     code = 1
     with signals_as_exceptions() as signals:
         try:
             job = _prepare(options, console, signals)
             if job is not None:
-                with locked(stages.run_directory(job.recipe)):
+                with _alone(job.recipe):
                     _run(job)
             code = 0
         except Stopped as stopped:
@@ -240,11 +251,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             if options.debug:
                 traceback.print_exc()
-            _say(console, f"{options.stage}: {_message(error)}")
-            code = error.exit_code if isinstance(error, AlignError) else 1
+            code = _tell(options.stage, error)
         finally:
             if job is not None:
                 job.close(code)
+    return code
+
+
+def _alone(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
+    """Hold the run directory; of a group, the first process does."""
+    first = group.is_first()
+    return locked(stages.run_directory(recipe)) if first else contextlib.nullcontext()
+
+
+def _tell(stage: str, error: Exception) -> int:
+    """Say what has gone wrong, and in which process; return the exit code.
+
+    What is wrong with the input all of a group find; the first says it.
+    """
+    code = error.exit_code if isinstance(error, AlignError) else 1
+    if code != 2 or group.is_first():
+        who = f"{stage}: rank {group.rank()}" if group.size() > 1 and code != 2 else stage
+        _say(Console(stderr=True), f"{who}: {_message(error)}")
     return code
 
 
@@ -259,6 +287,11 @@ def _prepare(options: argparse.Namespace, console: Console, signals: Signals) ->
         raise InputError(
             f"{options.recipe}: run.parents.{stage} names a finished {stage} stage; drop it to"
             " make one here"
+        )
+    if (wanted := stages.group_size(recipe, stage) or 1) != group.size():
+        raise InputError(
+            f"distributed.processes={wanted}, but {group.size()} run here: start it by the align"
+            " command"
         )
     directory = stages.stage_directory(recipe, stage)
     if not options.force and stages.why_not_done(recipe, stage) is None:
@@ -292,8 +325,11 @@ def _run(job: StageJob) -> None:
     share_processors()
     quiet_libraries()
     seed_generators(job.recipe)
+    group.join(deepspeed=job.recipe.distributed.zero > 0)
     module = importlib.import_module(_MODULES[job.stage])
-    result: StageResult = module.run(job)
+    result: StageResult | None = module.run(job)
+    if result is None:
+        return
     _say(job.console, f"{job.stage}  done  {_final(result.metrics)}")
     for name, (_, dropped) in job.tokenised.items():
         if dropped:

@@ -22,7 +22,9 @@ from transformers import (
 from align.errors import TrainingError
 from align.metrics import MetricsLog
 from align.quantization import bitsandbytes
+from align.recipe_distributed import Distributed, rows_and_passes
 from align.recipe_types import Optimisation, OptimizerName
+from align.zero import deepspeed_settings
 
 # By their names in transformers.
 _OPTIMIZERS: dict[OptimizerName, str] = {
@@ -31,6 +33,7 @@ _OPTIMIZERS: dict[OptimizerName, str] = {
     "paged_adamw": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
+_ALONE = Distributed()
 _OTHER_KEYS = ("accuracy", "perplexity")  # passed on as they are
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -127,11 +130,12 @@ def training_arguments(
     *,
     steps: int,
     seed: int,
+    distributed: Distributed = _ALONE,
     **more: Any,
 ) -> Arguments:
     """Return a trainer's arguments, every one that matters explicit.
 
-    Precision is that of the loaded model: no autocast. One process on one device. Gradient
+    Precision is that of the loaded model: no autocast. Each process has one device. Gradient
     checkpointing is a matter of the model (``align.models.recompute_activations``), not of the
     trainer.
 
@@ -140,6 +144,7 @@ def training_arguments(
         directory: where the trainer may write; nothing is written with these settings.
         steps: optimiser steps in all.
         seed: of the order of rows and of dropout.
+        distributed: how many processes train, and by ZeRO or not.
         more: further arguments; they go before these.
 
     Raises:
@@ -147,12 +152,12 @@ def training_arguments(
     """
     if section.optimizer != "adamw":
         bitsandbytes(f"optimizer={section.optimizer}")
-    micro = section.micro_batch_size or section.batch_size
+    rows, passes = rows_and_passes(section, distributed)
     settings: dict[str, Any] = {
         "output_dir": str(directory),
         "max_steps": steps,
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": section.batch_size // micro,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": passes,
         "learning_rate": section.lr,
         # transformers' "constant" has no warm-up.
         "lr_scheduler_type": "constant_with_warmup"
@@ -170,6 +175,7 @@ def training_arguments(
         "fp16": False,
         "gradient_checkpointing": False,
         "use_cpu": not torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,  # all that is trained takes part in every pass
         "dataloader_pin_memory": torch.cuda.is_available(),
         "include_num_input_tokens_seen": "non_padding",
         "logging_strategy": "steps",
@@ -181,6 +187,10 @@ def training_arguments(
         "report_to": "none",
         "disable_tqdm": True,
     }
+    if distributed.together and not torch.cuda.is_available():
+        settings["ddp_backend"] = "gloo"
+    if distributed.zero:
+        settings["deepspeed"] = deepspeed_settings(distributed, section)
     arguments = kind(**(settings | more))
     # Before there is a trainer: where it sees several GPUs it multiplies the batch by their number
     # and splits it over them (nn.DataParallel), and says nothing.

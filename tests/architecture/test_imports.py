@@ -32,8 +32,10 @@ LAUNCHER_MAY_USE = {
     "align.plan_time",
     "align.published",
     "align.recipe",
+    "align.recipe_distributed",
     "align.recipe_io",
     "align.stages",
+    "align.zero",
 }
 
 WITHOUT_TORCH = [

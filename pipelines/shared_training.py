@@ -1,0 +1,115 @@
+"""Training by a transformers Trainer in several processes, and what is left for one of them after.
+
+Every process takes its part of each batch: together they see what one alone would see, in that
+order. Accelerate makes the parts, and averages gradients; losses are divided by the tokens or
+rankings of the whole batch, and multiplied by the number of processes, which undoes the average.
+"""
+
+import gc
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from align import group
+from align.errors import TrainingError
+from align.recipe_types import Optimisation
+from align.seeds import derive_seed
+from align.state import copy_into
+from data.order import Order, WholeBatches
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def share_batches(
+    trainer: Trainer, section: Optimisation, rows: int, *, blank: bool, order: Order | None = None
+) -> None:
+    """Have every process of the group take its part of each batch.
+
+    Args:
+        rows: of the data to learn from.
+        blank: whether the trainer's data holds one row more, from which nothing is learned, to fill
+            an epoch's last batch with. Else a last batch that is not whole is left out.
+        order: of the rows; None: the one that the trainer takes in one process.
+    """
+    seed = trainer.args.seed
+    rows_in_order = order or SeedableRandomSampler(range(rows), data_seed=seed)
+    batches = WholeBatches(rows_in_order, section.batch_size, rows if blank else None)
+    setattr(trainer, "_get_train_sampler", lambda dataset=None: batches)  # noqa: B010
+    trainer.add_callback(_Finite(trainer))
+    # Dropout differs between the processes, as it does between the rows of a batch.
+    torch.manual_seed(derive_seed(seed, "rank", group.rank()))
+
+
+def alone_again(trainer: Trainer, model: Model, rebuild: Callable[[], Model]) -> Model | None:
+    """Return the trained model, whole, in the group's first process; None in the others.
+
+    The group has ended then.
+
+    Args:
+        model: that ``trainer`` has trained.
+        rebuild: makes it as it was before training; used where it was shared out.
+    """
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    shared = plugin is not None and plugin.zero_stage == 3
+    trained = _gathered(model) if shared else {}
+    unset_hf_deepspeed_config()
+    group.leave()
+    if not group.is_first():
+        return None
+    if not shared:
+        return model
+    del model
+    gc.collect()
+    whole = rebuild()
+    copy_into(_trained(whole), trained)
+    return whole
+
+
+def _gathered(model: nn.Module) -> dict[str, Tensor]:
+    """Return the trained parameters whole, on the CPU of the first process; of the others nothing.
+
+    Every process has to come here.
+    """
+    import deepspeed
+
+    found = {}
+    for name, parameter in _trained(model).items():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if group.is_first():
+                found[name] = parameter.detach().to("cpu", copy=True)
+    return found
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+class _Finite(TrainerCallback):
+    """Stops a trainer on DeepSpeed, which makes the step itself, after one that was not finite."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
+    ) -> None:
+        """Look at the norm of the gradient, which is that of all processes.
+
+        Raises:
+            TrainingError: it is no finite number.
+        """
+        if not self._trainer.is_deepspeed_enabled:
+            return
+        engine: Any = self._trainer.model_wrapped
+        norm = float(engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"step {state.global_step + 1}: the gradient's norm is {norm}; nothing of this"
+                " training is kept. Lower lr, or look at the rows of this step"
+            )

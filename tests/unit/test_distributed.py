@@ -1,0 +1,130 @@
+"""Several processes and ZeRO: what is refused, what DeepSpeed is told, how batches are shared."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from align.errors import RecipeError
+from align.plan import plan_recipe
+from align.plan_model import read_shape
+from align.published import CONFIGS
+from align.recipe_distributed import Distributed, rows_and_passes
+from align.recipe_io import load_recipe
+from align.recipe_types import Optimisation
+from align.zero import deepspeed_settings
+from data.order import SortedBatches, WholeBatches
+from launch.command import Python, stage_command
+from launch.plan import make_plan
+
+GIB = 2**30
+LORA, FULL = "llama2-7b/lora-zero2", "llama2-7b/full-zero3-offload"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["distributed.zero=0"], "distributed.offload=all: is a part of ZeRO"),
+        (["distributed.zero=2"], "offload=all: weights are whole with zero=2; allowed: none, opt"),
+        (["run.keep_checkpoints=2"], "run.keep_checkpoints=2: checkpoints are not built with"),
+        (["adapter.method=bitfit"], "adapter.method=bitfit: not built with distributed.processes="),
+        (["adapter.method=lora", "adapter.dora=true"], "adapter.dora=true: reads whole weights"),
+        (["adapter.method=lora", "base.quantization=nf4"], "base.quantization=nf4: not built with"),
+        (["sft.optimizer=adamw_8bit"], "sft.optimizer=adamw_8bit: not built with distributed.zero"),
+        (
+            ["sft.batch_size=24"],
+            "sft.batch_size=24: counts over all processes, and 8 processes x 2",
+        ),
+        (["sft.micro_batch_size=null", "sft.batch_size=12"], "allowed: multiples of 8"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name(overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(FULL, overrides)
+
+
+@pytest.mark.parametrize(("key", "value"), [("processes", 2), ("zero", 1)])
+def test_ppo_is_refused_with_the_way_out(key: str, value: int) -> None:
+    overrides = [f"distributed.{key}={value}", "run.keep_checkpoints=0"]
+    with pytest.raises(RecipeError, match=r"ppo: PPO is not built with .* run\.parents"):
+        load_recipe("miniature", overrides)
+    load_recipe("miniature", [*overrides, "ppo=null"])
+
+
+def test_what_deepspeed_is_told() -> None:
+    section = Optimisation(lr=1e-3, batch_size=24, micro_batch_size=2, max_grad_norm=0.5)
+    assert deepspeed_settings(Distributed(processes=4, zero=3, offload="all"), section) == {
+        "train_batch_size": 24,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "cpu"},
+            "offload_param": {"device": "cpu"},
+            "stage3_param_persistence_threshold": 0,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2147483647,
+    }
+    zero = deepspeed_settings(Distributed(processes=2, zero=1), section)["zero_optimization"]
+    assert zero == {"stage": 1}
+
+
+def test_the_whole_batch_is_divided_where_no_pass_is_named() -> None:
+    section = Optimisation(lr=1e-3, batch_size=24)
+    assert rows_and_passes(section, Distributed()) == (24, 1)
+    assert rows_and_passes(section, Distributed(processes=3)) == (8, 1)
+
+
+@pytest.mark.parametrize(("blank", "expected"), [(7, 9), (None, 6)])
+def test_epochs_of_whole_batches_are_the_order_filled_or_cut(
+    blank: int | None, expected: int
+) -> None:
+    order = SortedBatches([5, 3, 8, 1, 2, 9, 4], batch_size=3, seed=1)
+    whole = WholeBatches(order, 3, blank)
+    for epoch in (0, 1):
+        order.set_epoch(epoch)
+        alone = list(order)
+        whole.set_epoch(epoch)
+        assert list(whole) == [*alone, 7, 7][:expected]
+    assert len(whole) == expected
+
+
+def test_the_command_of_a_group() -> None:
+    house = Python("/env/bin/python", Path("/house"), {})
+    command = stage_command(house, "sft", Path("r.yaml"), ["seed=7"], processes=4)
+    words = ("-m", "pipelines.several", "4", "sft", "r.yaml", "seed=7")
+    assert command.argv == ("/env/bin/python", *words)
+
+
+def test_the_plan_of_all_weights_in_float32(capsys: pytest.CaptureFixture[str]) -> None:
+    """Adam in float32 takes 4 + 4 + 8 bytes a weight (Rajbhandari et al. 2020, section 3.1)."""
+    recipe = load_recipe(FULL)
+    shape = read_shape(CONFIGS[recipe.base.id])
+    sft, reward = plan_recipe(recipe, shape)
+    count = 6_738_415_616
+    sums = [sft.sum(kind) for kind in ("weights", "gradients", "states")]
+    assert sums == [4 * count, 4 * count, 8 * count]
+    without_head = count - 32_000 * 4096
+    assert reward.sum("states") == 8 * (without_head + 4096)
+
+    plan = make_plan(recipe, shape, 40 * GIB, 8)
+    assert plan["way"] == "ZeRO 3, offload all"
+    assert plan["fits"]
+    # The first process alone, whole weights: more than its share while all train.
+    assert 4 * count < plan["peak_bytes"] < 5.6 * count
+    assert json.dumps(plan["deepspeed"]["sft"]["zero_optimization"]["offload_param"])
+    assert plan["full_training"][8]["ZeRO 3, offload"] == 4 * 131_072_000 + 2 * count // 8
+
+
+def test_the_plan_of_lora_on_whole_bases() -> None:
+    recipe = load_recipe(LORA)
+    shape = read_shape(CONFIGS[recipe.base.id])
+    plan = make_plan(recipe, shape, 24 * 10**9, 4)
+    assert (plan["way"], plan["fits"]) == ("ZeRO 2", True)
+    adapter = 39_976_960  # numbers of r=16 on all linear layers
+    shares = plan["per_gpu"]["sft"]
+    assert shares["ZeRO 0"] - shares["ZeRO 2"] == 8 * adapter * 3 // 4  # largest: after training
