@@ -48,9 +48,8 @@ class Distributed(Section):
         adapter, base = recipe.adapter, recipe.base
         if adapter.method not in ("lora", "full"):
             problems.append(("adapter.method", f"not built {beside}; allowed: lora or full"))
-        if adapter.dora and self.zero == 3:
-            needed = "reads whole weights, which distributed.zero=3 shares out"
-            problems.append(("adapter.dora", f"{needed}; allowed with it: false"))
+        if adapter.dora:
+            problems.append(("adapter.dora", f"not built {beside}; allowed: false"))
         if base.quantization != "none":
             problems.append(("base.quantization", f"not built {beside}; allowed: none"))
         if recipe.run.keep_checkpoints:

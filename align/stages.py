@@ -24,8 +24,8 @@ from align.recipe_types import Section
 STAGES: tuple[StageName, ...] = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
 # The recipe sections whose values decide a stage's result; a change in any other redoes nothing.
-# run.threads moves results, too, by the order of sums: that is a matter of the machine, like the
-# processor, and redoes nothing either.
+# run.threads and distributed move results, too, by the order of sums: that is a matter of the
+# machine, like the processor, and redoes nothing either.
 _SECTIONS: dict[StageName, tuple[str, ...]] = {
     "pretrain": ("tokenizer", "pretrain"),
     "sft": ("base", "tokenizer", "adapter", "sft"),

@@ -29,7 +29,7 @@ LORA, FULL = "llama2-7b/lora-zero2", "llama2-7b/full-zero3-offload"
         (["distributed.zero=2"], "offload=all: weights are whole with zero=2; allowed: none, opt"),
         (["run.keep_checkpoints=2"], "run.keep_checkpoints=2: checkpoints are not built with"),
         (["adapter.method=bitfit"], "adapter.method=bitfit: not built with distributed.processes="),
-        (["adapter.method=lora", "adapter.dora=true"], "adapter.dora=true: reads whole weights"),
+        (["adapter.method=lora", "adapter.dora=true"], "adapter.dora=true: not built with"),
         (["adapter.method=lora", "base.quantization=nf4"], "base.quantization=nf4: not built with"),
         (["sft.optimizer=adamw_8bit"], "sft.optimizer=adamw_8bit: not built with distributed.zero"),
         (
