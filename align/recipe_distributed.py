@@ -69,6 +69,9 @@ class Distributed(Section):
             if self.zero and section.optimizer != "adamw":
                 needed = f"not built with distributed.zero={self.zero}; allowed: adamw"
                 problems.append((f"{stage}.optimizer", needed))
+        if recipe.reward is not None and recipe.reward.aux_lm_coef:
+            needed = "reads the output embeddings of a model that several processes train"
+            problems.append(("reward.aux_lm_coef", f"not built: it {needed}; allowed: 0"))
         if recipe.ppo is not None:
             needed = (
                 f"PPO is not built with distributed.processes={self.processes}, zero={self.zero}:"

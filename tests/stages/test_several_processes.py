@@ -54,7 +54,9 @@ ALONE = ("distributed.processes=1", "distributed.zero=0", "distributed.offload=n
 
 def command(root: Path, what: str, recipe: str, name: str, *more: str) -> list[str]:
     places = (f"base.id={root / 'base'}", f"run.root={root / 'runs'}", f"name={name}")
-    return [sys.executable, "-m", "launch", what, recipe, *SMALL, *places, *more]
+    given = {word.partition("=")[0] for word in more}
+    small = [word for word in SMALL if word.partition("=")[0] not in given]
+    return [sys.executable, "-m", "launch", what, recipe, *small, *places, *more]
 
 
 def align(root: Path, what: str, recipe: str, name: str, *more: str) -> Path:
