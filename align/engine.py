@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from align import group
 from align.errors import TrainingError
 from align.quantization import bitsandbytes
 from align.recipe_types import Optimisation, OptimizerName
@@ -47,7 +48,8 @@ class Engine:
             num_warmup_steps=math.ceil(section.warmup_ratio * num_steps),
             num_training_steps=num_steps,
         )
-        self.optimizer, self.scheduler = self.accelerator.prepare(optimizer, scheduler)
+        # Prepared, the schedule would move by a step for every process.
+        self.optimizer, self.scheduler = self.accelerator.prepare(optimizer), scheduler
         self.max_grad_norm = section.max_grad_norm
         self.step_count = 0
 
@@ -77,6 +79,8 @@ class Engine:
     def step(self, trained: Sequence[nn.Parameter]) -> float:
         """Clip, update, clear the gradients; return the gradient's norm before clipping.
 
+        The gradient is the sum over the processes, if there are several.
+
         Args:
             trained: the parameters to update; the others are left as they are.
 
@@ -91,6 +95,7 @@ class Engine:
                 f"optimiser step {self.step_count}: {lost} of {len(trained)} trainable tensors got"
                 " no gradient; a frozen or switched-off adapter is the likely cause"
             )
+        group.add_gradients(trained)
         chosen = {id(parameter) for parameter in trained}
         for parameter in self.parameters:
             if id(parameter) not in chosen:

@@ -40,6 +40,7 @@ def generate(
     seed: int,
     batch_size: int | None = None,
     engine: Engine = "native",
+    streams: Sequence[int] | None = None,
 ) -> Generated:
     """Sample one response per prompt from the unmodified softmax at ``temperature``.
 
@@ -56,6 +57,7 @@ def generate(
         seed: decides the samples. In the native engine every row draws its own numbers, so that
             its response does not depend on the rows beside it; in ``hf`` it does.
         batch_size: prompts at a time; None: all at once. Prompts are batched by length.
+        streams: which numbers each prompt draws in the native engine; None: those of its position.
     """
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     step = batch_size or len(order) or 1
@@ -71,7 +73,8 @@ def generate(
             rows = order[start : start + step]
             prompts = [prompt_ids[i] for i in rows]
             if engine == "native":
-                uniform = _uniform(rows, max_new_tokens, seed).to(model.device)
+                drawn = rows if streams is None else [streams[i] for i in rows]
+                uniform = _uniform(drawn, max_new_tokens, seed).to(model.device)
                 sampled = _decode(model, prompts, uniform, temperature, stops)
             else:
                 config = _config(max_new_tokens, temperature, end_ids, pad_id)

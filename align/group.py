@@ -4,8 +4,15 @@ A process that was started alone is a group of one, for which nothing here does 
 """
 
 import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from align.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Value = TypeVar("Value")
 
 
 def rank() -> int:
@@ -57,6 +64,49 @@ def wait() -> None:
         import torch
 
         torch.distributed.barrier()
+
+
+def part(rows: Sequence[int]) -> Sequence[int]:
+    """Return this process's part of some rows, as many as of any other; their order is kept."""
+    count = len(rows) // size()
+    return rows[rank() * count : (rank() + 1) * count]
+
+
+def gather(value: Value) -> list[Value]:
+    """Return every process's value, in their order; tensors in it have to be on the CPU."""
+    if size() == 1:
+        return [value]
+    import torch
+
+    values: list[Any] = [None] * size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: Value) -> Value:
+    """Return the first process's value in all; tensors in it have to be on the CPU."""
+    if size() == 1:
+        return value
+    import torch
+
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def add_gradients(parameters: Sequence["nn.Parameter"]) -> None:
+    """Put the sum of all processes' gradients, which there have to be, in the place of each."""
+    if size() == 1:
+        return
+    import torch
+
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    joined = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(joined)
+    for gradient, total in zip(
+        gradients, joined.split([g.numel() for g in gradients]), strict=True
+    ):
+        gradient.copy_(total.view_as(gradient))
 
 
 def leave() -> None:

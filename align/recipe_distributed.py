@@ -8,6 +8,7 @@ from align.recipe_types import Optimisation, Positive, Section, refuse
 
 if TYPE_CHECKING:
     from align.recipe import Recipe
+    from align.recipe_ppo import Ppo
 
 Zero = Literal[0, 1, 2, 3]
 Offload = Literal["none", "optimizer", "all"]
@@ -18,7 +19,8 @@ class Distributed(Section):
 
     processes: Positive = 1  # one per GPU; batch sizes count over all of them
     # What the processes share out instead of each holding all of it (Rajbhandari et al. 2020): 0
-    # nothing, 1 the optimiser's states, 2 the gradients as well, 3 also the weights.
+    # nothing, 1 the optimiser's states, 2 the gradients as well, 3 also the weights. That is of
+    # pretrain, sft and reward: in ppo, which trains adapters only, each holds everything.
     zero: Zero = 0
     # What lies in main memory: the optimiser's states, or the weights as well (with zero=3).
     offload: Offload = "none"
@@ -40,7 +42,8 @@ class Distributed(Section):
         """Return what in the recipe does not go with this section: key, reason."""
         if not self.together:
             return []
-        return self._method_problems(recipe) + self._stage_problems(recipe)
+        problems = self._method_problems(recipe) + self._stage_problems(recipe)
+        return problems + (self._ppo_problems(recipe.ppo) if recipe.ppo else [])
 
     def _method_problems(self, recipe: "Recipe") -> list[tuple[str, str]]:
         problems = []
@@ -72,13 +75,31 @@ class Distributed(Section):
         if recipe.reward is not None and recipe.reward.aux_lm_coef:
             needed = "reads the output embeddings of a model that several processes train"
             problems.append(("reward.aux_lm_coef", f"not built: it {needed}; allowed: 0"))
-        if recipe.ppo is not None:
-            needed = (
-                f"PPO is not built with distributed.processes={self.processes}, zero={self.zero}:"
-                " leave ppo out here, and make it from these sft and reward stages in one process,"
-                " by a recipe that names them in run.parents"
+        return problems
+
+    def _ppo_problems(self, ppo: "Ppo") -> list[tuple[str, str]]:
+        problems = []
+        beside = f"in a group (distributed.processes={self.processes}, zero={self.zero})"
+        if self.zero == 3:
+            needed = "has no PPO: there each process holds the roles, and with them whole weights"
+            problems.append(
+                (
+                    "distributed.zero",
+                    f"3 {needed}; allowed with a ppo section: 0, 1, 2, or leave ppo out and make it"
+                    " by a recipe that names these stages in run.parents",
+                )
             )
-            problems.append(("ppo", needed))
+        for role in ppo.own_models:
+            key = "ppo.layout" if role == "policy" else "ppo.value.layout"
+            problems.append((key, f"PPO of all weights is not built {beside}; allowed: shared"))
+        if ppo.ptx is not None:
+            problems.append(("ppo.ptx", f"not built {beside}; leave it out"))
+        if ppo.rollout.engine == "hf":
+            problems.append(("ppo.rollout.engine", f"not built {beside}; allowed: native"))
+        parts = self.processes * (ppo.micro_batch_size or 1)
+        if ppo.minibatch_size % parts:
+            needed = f"the {self.processes} processes cannot share it equally"
+            problems.append(("ppo.minibatch_size", f"{needed}; allowed: multiples of {parts}"))
         return problems
 
     def _batch_problem(self, section: Optimisation) -> tuple[str, str] | None:

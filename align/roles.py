@@ -263,6 +263,7 @@ class Roles(nn.Module):
         pad_id: int,
         seed: int,
         batch_size: int | None = None,
+        streams: Sequence[int] | None = None,
     ) -> Generated:
         """Sample responses under a role; see ``align.generation.generate``."""
         with self.use(role) as model:
@@ -276,6 +277,7 @@ class Roles(nn.Module):
                 seed=seed,
                 batch_size=batch_size,
                 engine=self.engine,
+                streams=streams,
             )
 
 

@@ -5,6 +5,9 @@ from typing import Any
 from align.recipe_distributed import Distributed, rows_and_passes
 from align.recipe_types import Optimisation
 
+# In ppo each process holds everything; evaluate is made by one.
+WITHOUT_ZERO = ("ppo", "evaluate")
+
 
 def deepspeed_settings(distributed: Distributed, section: Optimisation) -> dict[str, Any]:
     """Return the settings under which a stage is trained; they are complete, nothing is "auto".

@@ -32,7 +32,7 @@ from align.stages import (
     stage_directory,
     why_not_done,
 )
-from align.zero import deepspeed_settings
+from align.zero import WITHOUT_ZERO, deepspeed_settings
 from launch import processes
 from launch.command import (
     Command,
@@ -303,7 +303,7 @@ def plan(experiment: Experiment, stages: Sequence[StageName]) -> dict[StageName,
             "argv": list(command.argv),
             "command": command.shell_line(),
         }
-        if experiment.recipe.distributed.zero and stage != "evaluate":
+        if experiment.recipe.distributed.zero and stage not in WITHOUT_ZERO:
             section = getattr(experiment.recipe, stage)
             result[stage]["deepspeed"] = deepspeed_settings(experiment.recipe.distributed, section)
     return result

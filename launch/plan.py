@@ -21,7 +21,7 @@ from align.published import CARDS, CONFIGS
 from align.recipe import Recipe
 from align.recipe_distributed import Distributed
 from align.stages import stage_directory
-from align.zero import deepspeed_settings
+from align.zero import WITHOUT_ZERO, deepspeed_settings
 from launch.command import Python
 from launch.experiment import Experiment
 from launch.packages import ROOT
@@ -183,10 +183,10 @@ def make_plan(
         "time": _time(plan_work(recipe, shape), shape, speed),
     }
     if recipe.distributed.zero:
-        sections = {s.stage: getattr(recipe, s.stage) for s in stages if s.stage != "evaluate"}
         result["deepspeed"] = {
-            stage: deepspeed_settings(recipe.distributed, section)
-            for stage, section in sections.items()
+            stage.stage: deepspeed_settings(recipe.distributed, getattr(recipe, stage.stage))
+            for stage in stages
+            if stage.stage not in WITHOUT_ZERO
         }
     if gpus > 1:
         shares = {s.stage: _shares(s, gpus, recipe.distributed) for s in stages}
@@ -206,7 +206,7 @@ def make_plan(
 def _peak(stage: StagePlan, gpus: int, chosen: Distributed) -> int:
     """Return a stage's peak on each of so many GPUs: as the recipe partitions, else at the best."""
     shares, way = _shares(stage, gpus, chosen), _way(chosen)
-    if way is not None and stage.stage != "evaluate":  # made by one process
+    if way is not None:
         return shares[way]
     return stage.peak if gpus == 1 else min(shares.values())
 
@@ -223,7 +223,9 @@ def _shares(stage: StagePlan, gpus: int, chosen: Distributed) -> dict[str, int]:
     shares["ZeRO 3, offload"] = stage.offloaded(gpus)
     way = _way(chosen)
     if way is not None:
-        shares[way] = stage.trained_together(gpus, chosen.zero, chosen.offload)
+        alone = stage.stage in WITHOUT_ZERO
+        together = stage.trained_together(gpus, chosen.zero, chosen.offload)
+        shares[way] = stage.peak if alone else together
     return shares
 
 

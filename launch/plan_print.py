@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 _ZERO_NOTE = """\
-  offload: the optimiser's states in main memory; offload all: the weights, too. Align trains
-  pretrain, sft and reward so (distributed.processes, zero, offload); ppo in one process"""
+  offload: the optimiser's states in main memory; offload all: the weights, too. That is how
+  pretrain, sft and reward run (distributed.zero, offload); in ppo each process holds everything"""
 
 
 def print_plan(plan: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from align import group
 from align.adapters import save_adapter
 from align.engine import Engine
 from align.errors import TrainingError
@@ -43,8 +44,12 @@ from pipelines.update import Updater
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.05}
 
 
-def run(job: StageJob) -> StageResult:
-    """Train policy and critic; see the module's docstring."""
+def run(job: StageJob) -> StageResult | None:
+    """Train policy and critic; see the module's docstring.
+
+    Of several processes each holds all roles and takes its part of every minibatch; gradients are
+    summed. What is decided, the first decides for all.
+    """
     recipe, section = job.recipe, job.recipe.ppo
     assert section is not None
     loaded = _load(job, section)
@@ -65,6 +70,9 @@ def run(job: StageJob) -> StageResult:
     _begin(job, state)
     with job.signals.held():
         _train(job, loaded, prompts, score, state, tolerance)
+    group.leave()
+    if not group.is_first():
+        return None
 
     metrics = kept.settle(state.metrics) | {"steps": float(state.step)}
     _check_frozen(roles, frozen)
@@ -78,7 +86,7 @@ def _begin(job: StageJob, state: PpoState) -> None:
     if job.checkpoints.found is not None:
         state.load(job.checkpoints.found.path)
         return
-    state.metrics = state.kept.look(0, {}, state.kl_coef)
+    state.metrics = _look(state, 0, {})
     job.log.log(0, state.metrics)
     state.stopping.reason(0, state.metrics)  # what later looks are compared with
 
@@ -113,19 +121,26 @@ def _train(
         metrics = rollout.metrics() | estimates.metrics | updates
         metrics |= score.take_metrics() | {"kl/coef": state.kl_coef, "lr": state.engine.lr}
         metrics |= _costs(rollout, now(roles.device) - started)
+        metrics = group.from_first(metrics)
         state.kl_coef = _next_kl_coef(state.kl_coef, metrics["kl/mean"], section)
         looked = step % section.probe_every == 0 or step == section.steps
         if looked:
-            metrics = kept.look(step, metrics, state.kl_coef)
+            metrics = _look(state, step, metrics)
         reason = state.stopping.reason(step, metrics)
         if reason is not None and not looked:
-            metrics = kept.look(step, metrics, state.kl_coef)
+            metrics = _look(state, step, metrics)
         job.log.log(step, metrics)
         state.step, state.metrics = step, metrics
         if reason is not None:
             job.log.note(reason)
             break
         job.checkpoints.boundary(step, state.save)
+
+
+def _look(state: PpoState, step: int, metrics: dict[str, float]) -> dict[str, float]:
+    """Look at the policy: the first process does, and all know what it saw."""
+    seen = state.kept.look(step, metrics, state.kl_coef) if group.is_first() else {}
+    return group.from_first(seen)
 
 
 def _load(job: StageJob, section: Ppo) -> LoadedRoles:

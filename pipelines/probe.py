@@ -48,7 +48,8 @@ class Probe:
         if not self._prompts:
             return {}, None
         seed = derive_seed(self._job.recipe.seed, "probe")
-        rollout = collect(self._loaded, self._prompts, self._score, self._section, seed=seed)
+        given = self._loaded, self._prompts, self._score, self._section
+        rollout = collect(*given, seed=seed, alone=True)  # of a group, the first process looks
         seen = rollout.metrics()
         metrics = {
             "probe/score": seen["score/mean"],

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from align import group
 from align.functional import kl_k1, kl_k3, masked_mean, masked_sum
 from align.functions import Chat
+from align.generation import Generated
 from align.recipe_ppo import Ppo
 from align.roles import Roles
 from align.sequences import Sequences, join, micro_batches
@@ -90,41 +92,63 @@ def passes(lengths: Sequence[int], section: Ppo) -> list[list[int]]:
 
 @torch.no_grad()
 def collect(
-    loaded: LoadedRoles, prompts: list[Prompt], score: Scorer, section: Ppo, *, seed: int
+    loaded: LoadedRoles,
+    prompts: list[Prompt],
+    score: Scorer,
+    section: Ppo,
+    *,
+    seed: int,
+    alone: bool = False,
 ) -> Rollout:
     """Sample one response per prompt and compute scores, log-probabilities and values.
 
     The log-probabilities come from the forward pass that training uses, in the micro-batches of
     the first epoch: before the first update the ratio is 1, exactly so where a pass with and one
     without gradient run the same kernels. What was computed while sampling is never used.
+
+    Of several processes each samples its part of every minibatch, and runs policy, reference and
+    critic on it; the first scores them all. All get the whole rollout.
+
+    Args:
+        alone: this process makes it without the others.
     """
+    together = group.size() > 1 and not alone
     roles = loaded.roles
     started = now(roles.device)
     prompt_ids = [loaded.renderer.prompt(prompt.messages) for prompt in prompts]
-    generated = roles.generate(
+    minibatches = micro_batches(range(len(prompts)), rows=section.minibatch_size)
+    if together:
+        minibatches = [list(group.part(minibatch)) for minibatch in minibatches]
+    mine = [row for minibatch in minibatches for row in minibatch]
+    sampled_here = roles.generate(
         "policy",
-        prompt_ids,
+        [prompt_ids[row] for row in mine],
         max_new_tokens=section.max_new_tokens,
         temperature=section.temperature,
         end_ids=loaded.end_ids,
         pad_id=loaded.pad_id,
         seed=seed,
         batch_size=section.rollout.batch_size,
+        streams=mine,
     )
+    generated = _all_responses(sampled_here, mine) if together else sampled_here
     sampled = now(roles.device)
     sequences = roles.with_trunk(join(prompt_ids, generated.responses).to(roles.device))
     chats = [as_chat(prompt) for prompt in prompts]
     responses = [loaded.renderer.decode(ids) for ids in generated.responses]
     parts = []
-    for minibatch in micro_batches(sequences.lengths, rows=section.minibatch_size):
-        for group in passes([sequences.lengths[row] for row in minibatch], section):
-            rows = [minibatch[i] for i in group]
+    for minibatch in minibatches:
+        for indices in passes([sequences.lengths[row] for row in minibatch], section):
+            rows = [minibatch[i] for i in indices]
             parts.append(_look(roles, sequences.rows(rows), section))
-    columns = [
-        _stack(column, sequences.response_mask.shape[1]) for column in zip(*parts, strict=True)
-    ]
+    width = sequences.response_mask.shape[1]
+    columns = [_stack(column, width) for column in zip(*parts, strict=True)]
+    if together:
+        columns = _all_rows(columns, mine)
     logprobs, entropy, reference, values, last_values = columns
-    scores = score(chats, responses, sequences)
+    scores = score(chats, responses, sequences) if group.is_first() else torch.empty(0)
+    if together:
+        scores = group.from_first(scores.cpu()).to(roles.device)
     return Rollout(
         sequences=sequences,
         prompts=chats,
@@ -139,6 +163,30 @@ def collect(
         repetitive_rate=repetitive_rate(generated.responses),
         seconds={"time/rollout": sampled - started, "time/score": now(roles.device) - sampled},
     )
+
+
+def _all_responses(here: Generated, mine: list[int]) -> Generated:
+    """Return the responses of all processes in the order of their prompts.
+
+    Args:
+        mine: the numbers of the prompts that were answered here.
+    """
+    found = [
+        one
+        for rows, part in group.gather((mine, here))
+        for one in zip(rows, part.responses, part.ended, strict=True)
+    ]
+    _, responses, ended = zip(*sorted(found), strict=True)
+    return Generated(list(responses), list(ended))
+
+
+def _all_rows(columns: list[Tensor], mine: list[int]) -> list[Tensor]:
+    """Return what all processes have computed, in the order of the rows, on the same device."""
+    device = columns[0].device
+    parts = group.gather((mine, [column.cpu() for column in columns]))
+    order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
+    together = [torch.cat(same) for same in zip(*(part for _, part in parts), strict=True)]
+    return [column[order].to(device) for column in together]
 
 
 def _look(roles: Roles, part: Sequences, section: Ppo) -> tuple[Tensor, ...]:

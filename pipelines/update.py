@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from align import group
 from align.engine import Engine
 from align.errors import TrainingError
 from align.functional import (
@@ -60,7 +61,8 @@ class Updater:
         """Run the epochs on one rollout and return their mean metrics.
 
         The first epoch takes the rows as they come, in the micro-batches that the log-probabilities
-        were computed in; later epochs shuffle them.
+        were computed in; later epochs shuffle them. Of several processes each takes its part of
+        every minibatch.
 
         Args:
             policy: False trains the critic only.
@@ -82,7 +84,8 @@ class Updater:
             for minibatch in micro_batches(order, rows=section.minibatch_size):
                 rows = [order[i] for i in minibatch]
                 num_tokens = rollout.mask[rows].sum()
-                for part in self._parts(rollout, estimates, rows, num_tokens):
+                here = list(group.part(rows))
+                for part in self._parts(rollout, estimates, here, num_tokens):
                     sums = self._backward(part, estimates.kl_loss_coef, policy=policy)
                     error = sums.pop("ratio_max_error", 0.0)
                     if not norms:
@@ -95,8 +98,12 @@ class Updater:
                     totals["ptx_loss"] = totals.get("ptx_loss", 0.0) + ptx
                 tokens_seen += float(num_tokens)
                 norms.append(self._engine.step(trained))
-        metrics = {f"ppo/{key}": value / tokens_seen for key, value in totals.items()}
-        metrics["ppo/ratio_first_max_error"] = first_error
+        everywhere = group.gather((totals, first_error))
+        metrics = {
+            f"ppo/{key}": sum(theirs[key] for theirs, _ in everywhere) / tokens_seen
+            for key in totals
+        }
+        metrics["ppo/ratio_first_max_error"] = max(error for _, error in everywhere)
         metrics["grad_norm"] = sum(norms) / len(norms)
         explained = explained_variance(rollout.values, estimates.returns, rollout.mask)
         if explained == explained:  # NaN where all returns are equal
@@ -115,8 +122,8 @@ class Updater:
     ) -> list[Part]:
         lengths = tuple(rollout.sequences.lengths[row] for row in rows)
         parts = []
-        for group in passes(lengths, self._section):
-            chosen = [rows[i] for i in group]
+        for indices in passes(lengths, self._section):
+            chosen = [rows[i] for i in indices]
             sequences = rollout.sequences.rows(chosen)
             width = sequences.response_mask.shape[1]
             parts.append(

@@ -42,6 +42,15 @@ SMALL = (
     "reward.epochs=2.0",
     "reward.log_every=1",
 )
+PPO = (
+    "ppo.steps=2",
+    "ppo.batch_size=8",
+    "ppo.minibatch_size=4",
+    "ppo.rollout.batch_size=2",
+    "ppo.max_new_tokens=8",
+    "ppo.probe_every=1",
+    "ppo.probe_prompts=2",
+)
 EVALUATION = (
     "evaluate.prompts=2",
     "evaluate.pairs=4",
@@ -49,14 +58,22 @@ EVALUATION = (
     "evaluate.batch_size=2",
     "evaluate.bootstrap=20",
 )
+IN_FLOAT32 = ("base.dtype=float32", "adapter.dropout=0.0")
+LORA_IN_FLOAT32 = (*IN_FLOAT32, "evaluate=null", "ppo=null")
 ALONE = ("distributed.processes=1", "distributed.zero=0", "distributed.offload=none")
 
 
 def command(root: Path, what: str, recipe: str, name: str, *more: str) -> list[str]:
     places = (f"base.id={root / 'base'}", f"run.root={root / 'runs'}", f"name={name}")
     given = {word.partition("=")[0] for word in more}
-    small = [word for word in SMALL if word.partition("=")[0] not in given]
+    small = [word for word in SMALL if not covers(given, word)]
     return [sys.executable, "-m", "launch", what, recipe, *small, *places, *more]
+
+
+def covers(given: set[str], word: str) -> bool:
+    """Whether a word's key, or its section, is given already."""
+    key = word.partition("=")[0]
+    return bool({key, key.partition(".")[0]} & given)
 
 
 def align(root: Path, what: str, recipe: str, name: str, *more: str) -> Path:
@@ -67,7 +84,7 @@ def align(root: Path, what: str, recipe: str, name: str, *more: str) -> Path:
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.count("rows") <= 2 * 3  # one process speaks
@@ -77,8 +94,10 @@ def align(root: Path, what: str, recipe: str, name: str, *more: str) -> Path:
 def alone(root: Path, name: str, recipe: str, stages: Sequence[StageName], *more: str) -> Path:
     """Make stages in this very process; return the run directory."""
     places = (f"base.id={root / 'base'}", f"run.root={root / 'runs'}", f"name={name}")
+    given = {word.partition("=")[0] for word in more}
+    small = [word for word in SMALL if not covers(given, word)]
     for one in stages:
-        assert stage.main([one, recipe, *SMALL, *places, *ALONE, *more]) == 0
+        assert stage.main([one, recipe, *small, *places, *ALONE, *more]) == 0
     return root / "runs" / name
 
 
@@ -133,13 +152,41 @@ def test_llama2_7b_full_zero3_offload_trains_what_one_process_does(root: Path) -
 
 
 def test_llama2_7b_lora_zero2_runs(root: Path) -> None:
-    run = align(root, "run", LORA, "lora", *EVALUATION, "--nproc", "2")
-    for name in ("sft", "reward"):
-        tensors = load_file(run / name / "model" / "adapter_model.safetensors")
+    run = align(root, "run", LORA, "lora", *PPO, *EVALUATION, "--nproc", "2")
+    for folder in ("sft/model", "reward/model", "ppo/policy", "ppo/value"):
+        tensors = load_file(run / folder / "adapter_model.safetensors")
         assert all(tensor.any() for tensor in tensors.values())  # the B of LoRA starts at 0
     assert metrics(run / "sft")[0]["loss"] > metrics(run / "sft")[-2]["loss"]
     assert read_manifest(run / "evaluate", "evaluate").metrics
     assert verify.verify_run(run)
+
+
+def test_ppo_samples_and_learns_what_one_process_does(root: Path, one: Path) -> None:
+    """The reward stage's adapter is scored by, and is where the critic starts from."""
+    settings = [
+        *PPO,
+        *IN_FLOAT32,
+        "evaluate=null",
+        "ppo.lr=1e-3",
+        "ppo.kl.target=0.5",
+        *parent(one),
+    ]
+    settings += [f"run.parents.reward={one / 'reward'}", "reward=null"]
+    settings += ["ppo.reward_scaling.mode=running", "ppo.max_tokens_per_microbatch=300"]
+    settings += ["ppo.micro_batch_size=null"]
+    expected = alone(root, "ppo-one", LORA, ("ppo",), *settings) / "ppo"
+    found = align(root, "ppo", LORA, "ppo", *settings, "--nproc", "2") / "ppo"
+    texts = [(folder / "samples.jsonl").read_text() for folder in (found, expected)]
+    assert texts[0] == texts[1]
+    clocks = ("time/", "memory/", "tokens_per_second", "ppo/ratio_first_max_error")
+    for ours, theirs in zip(metrics(found), metrics(expected), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in [key for key in theirs if not key.startswith(clocks)]:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), (ours["step"], key)
+    for name in ("policy/adapter_model", "value/adapter_model", "value/value_head"):
+        files = [load_file(folder / f"{name}.safetensors") for folder in (found, expected)]
+        for key, tensor in files[1].items():
+            assert (files[0][key] - tensor).norm() <= 1e-3 * tensor.norm(), key
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +194,6 @@ def one(root: Path) -> Path:
     return alone(root, "one", LORA, ("sft", "reward"), *LORA_IN_FLOAT32)
 
 
-LORA_IN_FLOAT32 = ("base.dtype=float32", "adapter.dropout=0.0", "evaluate=null")
 WAYS = [
     ["distributed.zero=0"],
     ["distributed.zero=1"],

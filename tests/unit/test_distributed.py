@@ -44,12 +44,26 @@ def test_what_does_not_go_together_is_refused_by_name(overrides: list[str], mess
         load_recipe(FULL, overrides)
 
 
-@pytest.mark.parametrize(("key", "value"), [("processes", 2), ("zero", 1)])
-def test_ppo_is_refused_with_the_way_out(key: str, value: int) -> None:
-    overrides = [f"distributed.{key}={value}", "run.keep_checkpoints=0"]
-    with pytest.raises(RecipeError, match=r"ppo: PPO is not built with .* run\.parents"):
-        load_recipe("miniature", overrides)
-    load_recipe("miniature", [*overrides, "ppo=null"])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["distributed.zero=3"], r"distributed.zero=3: .* has no PPO: .* run\.parents"),
+        (["ppo.layout=separate"], "ppo.layout=separate: PPO of all weights is not built in a"),
+        (["ppo.ptx={coef: 1.0}"], "ppo.ptx=.*: not built in a group"),
+        (["ppo.rollout.engine=hf"], "ppo.rollout.engine=hf: not built in a group"),
+        (["ppo.minibatch_size=16"], "the 3 processes cannot share it equally; allowed: multiples"),
+    ],
+)
+def test_ppo_is_refused_by_name(overrides: list[str], message: str) -> None:
+    group = ["distributed.processes=3", "run.keep_checkpoints=0"]
+    group += [f"{key}=48" for key in ("pretrain.batch_size", "sft.batch_size", "reward.batch_size")]
+    group += ["ppo.batch_size=48"]
+    shared = ["ppo.minibatch_size=24"] if "minibatch" not in overrides[0] else []
+    micro = [f"{stage}.micro_batch_size=null" for stage in ("pretrain", "sft", "reward", "ppo")]
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("miniature", [*group, *micro, *shared, *overrides])
+    if shared:
+        load_recipe("miniature", [*group, *micro, *shared])
 
 
 def test_what_deepspeed_is_told() -> None:
