@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _alone(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
+def _alone(recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
     """Hold the run directory; of a group, the first process does."""
     first = group.is_first()
     return locked(stages.run_directory(recipe)) if first else contextlib.nullcontext()
