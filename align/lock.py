@@ -14,7 +14,7 @@ _HELD = "ALIGN_HELD_RUN"
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[dict[str, str]]:
-    """Hold a directory, which is made if it is not there; nothing is left in it.
+    """Hold a directory, which is made if it is not there, and unmade if it is still empty then.
 
     Yields:
         What belongs in the environment of processes that are to hold it with us, and after us
@@ -27,6 +27,7 @@ def locked(directory: Path) -> Iterator[dict[str, str]]:
     if inherited.items() <= os.environ.items():
         yield inherited
         return
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -41,4 +42,7 @@ def locked(directory: Path) -> Iterator[dict[str, str]]:
     try:
         yield inherited
     finally:
+        with contextlib.suppress(OSError):
+            for path in missing:
+                path.rmdir()
         os.close(descriptor)

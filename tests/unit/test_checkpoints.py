@@ -340,8 +340,13 @@ def test_one_process_holds_a_run_and_its_end_lets_go(tmp_path):
         with locked(run):
             os.kill(os.getpid(), 9)
     os.waitpid(child, 0)
+    assert run.is_dir()  # killed, it could not clear it away
     with locked(run):
+        (run / "recipe.yaml").touch()
+    assert list(run.iterdir()) == [run / "recipe.yaml"]
+    with locked(tmp_path / "other" / "x"):
         pass
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_started_process_holds_a_run_with_its_starter_and_after_it(tmp_path):
