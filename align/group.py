@@ -3,7 +3,10 @@
 A process that was started alone is a group of one, for which nothing here does anything.
 """
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 Value = TypeVar("Value")
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def rank() -> int:
@@ -41,6 +46,7 @@ def join(*, deepspeed: bool) -> None:
     """
     if "WORLD_SIZE" not in os.environ:
         return
+    _end_with_starter()
     import torch
 
     gpus = torch.cuda.device_count()
@@ -56,6 +62,15 @@ def join(*, deepspeed: bool) -> None:
         # On a CPU it would be compiled whenever a group is made; gloo does without it.
         operations["deepspeed_shm_comm"] = False
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def _end_with_starter() -> None:
+    """Have the kernel kill us when the process that has started the group is gone.
+
+    Nobody else would end the others if one of us failed then, and they would wait for it.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def wait() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -256,19 +257,26 @@ def test_pretraining_is_that_of_one_process(root: Path, zero: int) -> None:
     check_same("pretrain", pretrain(f"base-one-{zero}"), several)
 
 
-@pytest.mark.slow
-def test_the_death_of_one_process_ends_all(root: Path) -> None:
+@contextmanager
+def in_training(root: Path, name: str) -> Iterator[subprocess.Popen[str]]:
+    """The launcher of a stage in two processes that has made its first step."""
     settings = [*LORA_IN_FLOAT32, "sft.epochs=2000.0", "--nproc", "2"]
     with subprocess.Popen(
-        command(root, "sft", LORA, "dead", *settings),
+        command(root, "sft", LORA, name, *settings),
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        log = root / "runs" / "dead" / "sft" / "metrics.jsonl"
+        log = root / "runs" / name / "sft" / "metrics.jsonl"
         while not (log.is_file() and log.read_text()):
             assert process.poll() is None
             time.sleep(0.2)
+        yield process
+
+
+@pytest.mark.slow
+def test_the_death_of_one_process_ends_all(root: Path) -> None:
+    with in_training(root, "dead") as process:
         os.kill(rank(1, process.pid), signal.SIGKILL)
         killed = time.monotonic()
         assert process.stderr is not None
@@ -277,6 +285,18 @@ def test_the_death_of_one_process_ends_all(root: Path) -> None:
     assert time.monotonic() - killed < 30
     assert "sft: rank 1 was killed by SIGKILL" in errors
     assert not (root / "runs" / "dead" / "sft" / "stage.json").exists()
+
+
+@pytest.mark.slow
+def test_no_process_outlives_the_one_that_has_started_the_group(root: Path) -> None:
+    with in_training(root, "orphans") as process:
+        ranks = [rank(number, process.pid) for number in (0, 1)]
+        os.kill(parent_of(ranks[0]), signal.SIGKILL)
+        assert process.wait() == 1
+        killed = time.monotonic()
+        while any(lives(number) for number in ranks):
+            assert time.monotonic() - killed < 10
+            time.sleep(0.2)
 
 
 def rank(number: int, launcher: int) -> int:
@@ -292,6 +312,14 @@ def rank(number: int, launcher: int) -> int:
         if f"RANK={number}".encode() in settings and grandparent == launcher:
             return int(folder.name)
     raise AssertionError(f"no rank {number}")
+
+
+def lives(process: int) -> bool:
+    """Whether it has not ended, be it that nobody has asked how."""
+    try:
+        return " Z " not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2]
+    except OSError:
+        return False
 
 
 def parent_of(process: int) -> int:
