@@ -197,12 +197,15 @@ def test_the_wandb_run_goes_on(again: Server, whole: dict) -> None:
     """Offline a folder for each part, and one id, which the manifest has."""
     shutil.rmtree(again.folder("ppo"))
     offline = "tracking.mode=offline"
-    assert again.run("ppo", offline, fault=(3, "after", "log")).code == -signal.SIGKILL
-    assert again.run("ppo", offline).code == 0
+    killed = again.run("ppo", offline, fault=(3, "after", "log"))
+    assert killed.code == -signal.SIGKILL
+    done = again.run("ppo", offline)
+    assert done.code == 0
     wandb_id = json.loads((again.folder("ppo") / "stage.json").read_text())["wandb_id"]
     parts = [path.name for path in (again.folder("ppo").parent / "wandb").glob("offline-run-*")]
     assert len(parts) == 2
-    assert all(name.endswith(f"-{wandb_id}") for name in parts)
+    ids = {name.rpartition("-")[2] for name in parts}
+    assert ids == {wandb_id}, killed.output + done.output
     assert facts(again.folder("ppo")) == whole["ppo"][0]
 
 

@@ -168,7 +168,12 @@ def test_the_probe_shows_the_held_out_reward_and_what_each_source_gave(
 
 
 def answer(
-    loaded: LoadedRoles, prompts: Sequence[Prompt], score: RewardScorer, *_: object, seed: int
+    loaded: LoadedRoles,
+    prompts: Sequence[Prompt],
+    score: RewardScorer,
+    *_: object,
+    seed: int,
+    alone: bool,
 ) -> SimpleNamespace:
     """A rollout with the answers above, scored in two parts as a rollout is."""
     chats, sequences = [as_chat(p) for p in prompts], join(*policy_ids(loaded, prompts, RESPONSES))
