@@ -136,13 +136,7 @@ def collect(
     sequences = roles.with_trunk(join(prompt_ids, generated.responses).to(roles.device))
     chats = [as_chat(prompt) for prompt in prompts]
     responses = [loaded.renderer.decode(ids) for ids in generated.responses]
-    parts = []
-    for minibatch in minibatches:
-        for indices in passes([sequences.lengths[row] for row in minibatch], section):
-            rows = [minibatch[i] for i in indices]
-            parts.append(_look(roles, sequences.rows(rows), section))
-    width = sequences.response_mask.shape[1]
-    columns = [_stack(column, width) for column in zip(*parts, strict=True)]
+    columns = _look_at(roles, sequences, minibatches, section)
     if together:
         columns = _all_rows(columns, mine)
     logprobs, entropy, reference, values, last_values = columns
@@ -187,6 +181,19 @@ def _all_rows(columns: list[Tensor], mine: list[int]) -> list[Tensor]:
     order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
     together = [torch.cat(same) for same in zip(*(part for _, part in parts), strict=True)]
     return [column[order].to(device) for column in together]
+
+
+def _look_at(
+    roles: Roles, sequences: Sequences, minibatches: list[list[int]], section: Ppo
+) -> list[Tensor]:
+    """Return the columns of ``_look`` for the rows of all minibatches, one after the other."""
+    parts = []
+    for minibatch in minibatches:
+        for indices in passes([sequences.lengths[row] for row in minibatch], section):
+            rows = [minibatch[i] for i in indices]
+            parts.append(_look(roles, sequences.rows(rows), section))
+    width = sequences.response_mask.shape[1]
+    return [_stack(column, width) for column in zip(*parts, strict=True)]
 
 
 def _look(roles: Roles, part: Sequences, section: Ppo) -> tuple[Tensor, ...]:
