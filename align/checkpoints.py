@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from align import group
 from align.manifest import FILE, METRICS, SAMPLES, sha256_file
 
 FOLDER = "checkpoints"
@@ -39,6 +40,10 @@ class Facts(BaseModel):
     inputs_sha256: str  # as in the manifest of a finished stage
     logs: dict[str, int]  # bytes of each log that it covers
     wandb_id: str | None
+    # By how many processes it was made, and how they shared the training out: by as many it can be
+    # gone on from.
+    processes: int = 1
+    zero: int = 0
 
 
 class Checkpoint(NamedTuple):
@@ -56,28 +61,46 @@ def write_checkpoint(
     inputs_sha256: str,
     wandb_id: str | None,
     keep: int,
+    zero: int = 0,
 ) -> None:
     """Write a checkpoint of the stage in ``directory``; older ones than the newest ``keep`` go.
 
+    Every process of a group has to come here.
+
     Args:
-        fill: writes the stage's own files into a folder.
+        fill: writes the stage's own files into a folder; of a group, each process writes its part.
 
     Raises:
         OSError: it could not be written; those before it are untouched.
     """
     folder = directory / FOLDER
     writing = folder / _WRITING
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
+    if group.is_first():
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    group.wait()
     try:
-        _fill(directory, writing, step, fill, inputs_sha256, wandb_id)
+        fill(writing)
+        group.wait()
+        if group.is_first():
+            logs = _synced_logs(directory)
+            facts = Facts(
+                step=step,
+                inputs_sha256=inputs_sha256,
+                logs=logs,
+                wandb_id=wandb_id,
+                processes=group.size(),
+                zero=zero,
+            )
+            _complete(writing, facts)
     except OSError:
         shutil.rmtree(writing, ignore_errors=True)
         raise
-    writing.rename(folder / f"step-{step:08d}")
-    _sync(folder)
-    for old in _newest_first(folder)[keep:]:
-        _remove(old)
+    if group.is_first():
+        writing.rename(folder / f"step-{step:08d}")
+        _sync(folder)
+        for old in _newest_first(folder)[keep:]:
+            _remove(old)
 
 
 def find_checkpoint(
@@ -125,20 +148,16 @@ def remove_checkpoints(directory: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _fill(
-    directory: Path,
-    writing: Path,
-    step: int,
-    fill: Callable[[Path], None],
-    inputs_sha256: str,
-    wandb_id: str | None,
-) -> None:
+def _synced_logs(directory: Path) -> dict[str, int]:
+    """Have the logs' lines on the disk; return how many bytes of each there are."""
     logs = {name: directory / name for name in _LOGS if (directory / name).is_file()}
     for log in logs.values():
         _sync(log)
-    sizes = {name: log.stat().st_size for name, log in logs.items()}
-    fill(writing)
-    facts = Facts(step=step, inputs_sha256=inputs_sha256, logs=sizes, wandb_id=wandb_id)
+    return {name: log.stat().st_size for name, log in logs.items()}
+
+
+def _complete(writing: Path, facts: Facts) -> None:
+    """Add the facts and, when every file is on the disk, the checksums."""
     (writing / FACTS).write_text(facts.model_dump_json(), encoding="utf-8")
     files = sorted(writing.iterdir())
     for file in files:

@@ -55,9 +55,6 @@ class Distributed(Section):
             problems.append(("adapter.dora", f"not built {beside}; allowed: false"))
         if base.quantization != "none":
             problems.append(("base.quantization", f"not built {beside}; allowed: none"))
-        if recipe.run.keep_checkpoints:
-            needed = f"checkpoints are not built {beside}: an interrupted stage begins anew"
-            problems.append(("run.keep_checkpoints", f"{needed}; allowed: 0"))
         return problems
 
     def _stage_problems(self, recipe: "Recipe") -> list[tuple[str, str]]:

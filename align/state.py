@@ -12,14 +12,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from align import group
+
 # Nested dicts (keys: text and whole numbers), lists, tensors, numbers, text, booleans and None.
 State = dict[str, Any]
 
-_TENSORS, _REST = "state.safetensors", "state.json"
+_STATE = "state"  # what the files are called
 _TENSOR, _DICT = "tensor", "dict"
 
 
-def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+def save_state(folder: Path, state: Mapping[str, Any], name: str = _STATE) -> None:
     """Write a state to ``folder``. Tuples come back as lists, and tensors on the CPU.
 
     Raises:
@@ -27,17 +29,18 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     rest = _without_tensors(state, "", tensors)
+    path = folder / f"{name}.safetensors"
     try:
-        save_file(tensors, folder / _TENSORS)
+        save_file(tensors, path)
     except SafetensorError as error:  # a full disk, too, is one of these
-        raise OSError(f"{folder / _TENSORS}: {error}") from error
-    (folder / _REST).write_text(json.dumps(rest), encoding="utf-8")
+        raise OSError(f"{path}: {error}") from error
+    (folder / f"{name}.json").write_text(json.dumps(rest), encoding="utf-8")
 
 
-def load_state(folder: Path) -> State:
+def load_state(folder: Path, name: str = _STATE) -> State:
     """Read what ``save_state`` has written, bit for bit."""
-    rest = json.loads((folder / _REST).read_text(encoding="utf-8"))
-    state = _with_tensors(rest, load_file(folder / _TENSORS))
+    rest = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    state = _with_tensors(rest, load_file(folder / f"{name}.safetensors"))
     assert isinstance(state, dict)
     return state
 
@@ -77,6 +80,11 @@ def copy_into(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> Non
         raise ValueError("the saved tensors are not those of this model")
     for name, target in targets.items():
         target.copy_(saved[name])
+
+
+def own_state_name() -> str:
+    """Return the name under which each process of a group keeps what is its own."""
+    return f"rank-{group.rank()}"
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -1,11 +1,15 @@
-"""When a stage in training is secured: at step boundaries, in time or because a signal came."""
+"""When a stage in training is secured: at step boundaries, in time or because a signal came.
+
+And what it goes on from. Of a group of processes all decide the same.
+"""
 
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from align.checkpoints import Checkpoint, write_checkpoint
-from align.errors import TrainingError
+from align import group
+from align.checkpoints import Checkpoint, find_checkpoint, write_checkpoint
+from align.errors import InputError, TrainingError
 from align.recipe_run import Run
 from pipelines.process import Signals
 
@@ -13,6 +17,29 @@ from pipelines.process import Signals
 # time between two checkpoints is at least so many times what writing one takes.
 _LEAST_SECONDS = 60.0
 _TIMES_OF_WRITING = 50.0
+
+
+def find_for_all(
+    directory: Path, inputs_sha256: str, say: Callable[[str], None], *, zero: int
+) -> Checkpoint | None:
+    """Return what every process of the group goes on from; see ``align.checkpoints``.
+
+    Raises:
+        InputError: it was made by another number of processes, or with another stage of ZeRO: its
+            parts do not fit these.
+    """
+    found = find_checkpoint(directory, inputs_sha256, say) if group.is_first() else None
+    found = group.from_first(found)
+    if found is None:
+        return None
+    theirs, ours = (found.facts.processes, found.facts.zero), (group.size(), zero)
+    if theirs != ours:
+        raise InputError(
+            f"{found.path}: was made with distributed.processes={theirs[0]}, zero={theirs[1]}, and"
+            f" cannot be shared out to processes={ours[0]}, zero={ours[1]}; go on with the former,"
+            " or begin anew with --force"
+        )
+    return found
 
 
 class Checkpoints:
@@ -24,6 +51,9 @@ class Checkpoints:
         inputs_sha256: of the stage; see ``align.stages``.
         wandb_id: of the stage's W&B run.
         signals: ask for the end of the process, after a last checkpoint.
+        zero: how a group of processes shares the training out.
+
+    What is decided here the processes of a group decide together.
     """
 
     def __init__(
@@ -35,9 +65,11 @@ class Checkpoints:
         inputs_sha256: str,
         wandb_id: str | None,
         signals: Signals,
+        zero: int = 0,
     ) -> None:
         self._directory, self._settings = directory, settings
         self._inputs_sha256, self._wandb_id, self._signals = inputs_sha256, wandb_id, signals
+        self._zero = zero
         self.found = found
         self._last_step = found.facts.step if found is not None else 0
         self._last_time = time.monotonic()
@@ -58,8 +90,11 @@ class Checkpoints:
 
     def due(self, step: int) -> bool:
         """Whether the boundary after ``step`` is one to write a checkpoint at, or to end at."""
-        if self._signals.asked:
-            return True
+        asked, due = zip(*group.gather((self._signals.asked, self._is_time(step))), strict=True)
+        self._signals.asked = max(asked)  # what has reached one process is meant for all
+        return bool(self._signals.asked) or any(due)
+
+    def _is_time(self, step: int) -> bool:
         settings, since = self._settings, time.monotonic() - self._last_time
         if settings.keep_checkpoints == 0:
             return False
@@ -86,6 +121,7 @@ class Checkpoints:
                     inputs_sha256=self._inputs_sha256,
                     wandb_id=self._wandb_id,
                     keep=self._settings.keep_checkpoints,
+                    zero=self._zero,
                 )
             except OSError as error:
                 raise TrainingError(

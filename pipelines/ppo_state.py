@@ -3,11 +3,13 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from align import group
 from align.engine import Engine
 from align.state import (
     copy_into,
     generators_state,
     load_state,
+    own_state_name,
     save_state,
     set_generators_state,
 )
@@ -35,7 +37,13 @@ class PpoState:
     metrics: dict[str, float] = field(default_factory=dict)  # its own
 
     def save(self, folder: Path) -> None:
-        """Write all of it, and the random generators: a reward function may draw from them."""
+        """Write all of it, and the random generators: a reward function may draw from them.
+
+        The processes of a group differ in their generators alone.
+        """
+        save_state(folder, generators_state(), own_state_name())
+        if not group.is_first():
+            return
         trained = enumerate(self.engine.parameters)
         save_state(
             folder,
@@ -49,7 +57,6 @@ class PpoState:
                 "scaler": self.scaler.state(),
                 "stopping": self.stopping.state(),
                 "kept": self.kept.state(),
-                "generators": generators_state(),
             },
         )
 
@@ -65,4 +72,4 @@ class PpoState:
         self.scaler.load(state["scaler"])
         self.stopping.load(state["stopping"])
         self.kept.load(state["kept"])
-        set_generators_state(state["generators"])
+        set_generators_state(load_state(folder, own_state_name()))

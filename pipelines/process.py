@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from align import group
 from align.errors import AlignError, stopped_by
 from align.recipe import Recipe
 
@@ -29,29 +30,25 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """Whether a signal has asked the process to end, and whether it has to wait with that."""
+    """Which signal has asked the process to end, and whether it has to wait with that."""
 
     def __init__(self) -> None:
-        self._asked: int | None = None
+        self.asked = 0  # the number of the signal that has come and waits; 0: none
         self._held = False
-
-    @property
-    def asked(self) -> bool:
-        """Whether a signal has come and waits."""
-        return self._asked is not None
 
     def come(self, signum: int) -> None:
         """Raise ``Stopped``; in ``held``, keep the signal until ``end_if_asked``."""
         if not self._held:
             raise Stopped(signum)
-        self._asked = signum
+        self.asked = signum
         name = signal.Signals(signum).name
-        print(f"{name}: stopping after this step; the next one stops at once", file=sys.stderr)
+        if group.is_first():
+            print(f"{name}: stopping after this step; the next one stops at once", file=sys.stderr)
 
     def end_if_asked(self) -> None:
         """Raise ``Stopped`` if a signal waits: now is a good moment."""
-        if self._asked is not None:
-            raise Stopped(self._asked)
+        if self.asked:
+            raise Stopped(self.asked)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ from align import group
 from align.errors import TrainingError
 from align.recipe_types import Optimisation
 from align.seeds import derive_seed
-from align.state import copy_into
+from align.state import State, copy_into
 from data.order import Order, WholeBatches
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -55,9 +55,8 @@ def alone_again(trainer: Trainer, model: Model, rebuild: Callable[[], Model]) ->
         model: that ``trainer`` has trained.
         rebuild: makes it as it was before training; used where it was shared out.
     """
-    plugin = trainer.accelerator.state.deepspeed_plugin
-    shared = plugin is not None and plugin.zero_stage == 3
-    trained = _gathered(model) if shared else {}
+    shared = _shares_parameters(trainer)
+    trained = whole_parameters(trainer) if shared else {}
     unset_hf_deepspeed_config()
     group.leave()
     if not group.is_first():
@@ -67,27 +66,91 @@ def alone_again(trainer: Trainer, model: Model, rebuild: Callable[[], Model]) ->
     del model
     gc.collect()
     whole = rebuild()
-    copy_into(_trained(whole), trained)
+    copy_into(trained_parameters(whole), trained)
     return whole
 
 
-def _gathered(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained parameters whole, on the CPU of the first process; of the others nothing.
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that training changes, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-    Every process has to come here.
+
+def whole_parameters(trainer: Trainer) -> dict[str, Tensor]:
+    """Return the trained parameters whole, in the first process at least.
+
+    Every process has to come here. Where the parameters are shared out, the others get nothing.
     """
+    assert trainer.model is not None
+    trained = trained_parameters(trainer.model)
+    if not _shares_parameters(trainer):
+        return trained
     import deepspeed
 
     found = {}
-    for name, parameter in _trained(model).items():
+    for name, parameter in trained.items():
         with deepspeed.zero.GatheredParameters([parameter]):
             if group.is_first():
                 found[name] = parameter.detach().to("cpu", copy=True)
     return found
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def is_shared_out(trainer: Trainer) -> bool:
+    """Whether each process holds a share of the optimiser's state only."""
+    return _zero_stage(trainer) > 0
+
+
+def optimizer_share(trainer: Trainer) -> State:
+    """Return this process's share of the optimiser's state: of every flat part, what belongs to it.
+
+    Beside it, the groups' settings: the rate of the next step is one. The values of the parameters
+    are not in it.
+    """
+    inner = _optimizer(trainer).optimizer
+    return {
+        "groups": [
+            {name: value for name, value in settings.items() if name != "params"}
+            for settings in inner.param_groups
+        ],
+        "parts": [dict(inner.state[part]) for part in _flat_parts(trainer)],
+    }
+
+
+def load_optimizer_share(trainer: Trainer, saved: State) -> None:
+    """Go on from what ``optimizer_share`` has returned in this process of as large a group."""
+    inner = _optimizer(trainer).optimizer
+    for settings, kept in zip(inner.param_groups, saved["groups"], strict=True):
+        settings.update(kept)
+    for part, values in zip(_flat_parts(trainer), saved["parts"], strict=True):
+        # As torch places them: the count of steps stays on the CPU, unless a kernel reads it.
+        inner.state[part] = {
+            name: value.to(part.device) if value.ndim or inner.defaults.get("fused") else value
+            for name, value in values.items()
+        }
+
+
+def _flat_parts(trainer: Trainer) -> list[Tensor]:
+    """Return the flat tensors for which ZeRO has the optimiser keep its state here."""
+    optimizer = _optimizer(trainer)
+    name = "single_partition_of_fp32_groups"
+    if _shares_parameters(trainer):
+        name = "fp32_partitioned_groups_flat"
+    parts: list[Tensor] = getattr(optimizer, name)
+    return parts
+
+
+def _optimizer(trainer: Trainer) -> Any:
+    """Return DeepSpeed's optimiser; the one of torch that it drives is its ``optimizer``."""
+    engine: Any = trainer.model_wrapped
+    return engine.optimizer
+
+
+def _shares_parameters(trainer: Trainer) -> bool:
+    return _zero_stage(trainer) == 3
+
+
+def _zero_stage(trainer: Trainer) -> int:
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    return plugin.zero_stage if plugin is not None else 0
 
 
 class _Finite(TrainerCallback):

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from align import group, stages
 from align import manifest as manifests
-from align.checkpoints import Checkpoint, continue_folder, find_checkpoint, remove_checkpoints
+from align.checkpoints import Checkpoint, continue_folder, remove_checkpoints
 from align.errors import AlignError, DataError, InputError, ParentError, stopped_by
 from align.lock import locked
 from align.manifest import BaseFacts, Manifest
@@ -34,7 +34,7 @@ from align.recipe import Recipe, StageName
 from align.recipe_io import dump_recipe, load_recipe
 from align.tracking import WandbTracker, start_tracker
 from data.load import LoadedData, load_records
-from pipelines.checkpointing import Checkpoints
+from pipelines.checkpointing import Checkpoints, find_for_all
 from pipelines.process import (
     Signals,
     Stopped,
@@ -119,11 +119,10 @@ class StageJob:
 
     def _begin(self) -> MetricsLog:
         group.wait()  # until all have checked what is about to be removed
+        found = self._find_checkpoint()
         if not group.is_first():
-            self._checkpoints = self._checkpoints_from(None, None)
+            self._checkpoints = self._checkpoints_from(found, None)
             return MetricsLog(None, None, self.console)
-        anew = self.force or self.recipe.distributed.together
-        found = None if anew else self._find_checkpoint()
         if found is None:
             manifests.begin_folder(self.directory)
         else:
@@ -144,13 +143,17 @@ class StageJob:
             inputs_sha256=self.inputs_sha256,
             wandb_id=wandb_id,
             signals=self.signals,
+            zero=self.recipe.distributed.zero,
         )
 
     def _find_checkpoint(self) -> Checkpoint | None:
         def say(text: str) -> None:
             _say(self.console, f"{self.stage}  {text}")
 
-        found = find_checkpoint(self.directory, self.inputs_sha256, say)
+        if self.force:
+            return None
+        zero = self.recipe.distributed.zero
+        found = find_for_all(self.directory, self.inputs_sha256, say, zero=zero)
         if found is not None:
             say(f"goes on after step {found.facts.step}, from {found.path}")
         return found

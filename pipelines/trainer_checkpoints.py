@@ -1,8 +1,10 @@
 """Training by a transformers Trainer that goes on where it was interrupted, by our checkpoints.
 
 The trainer finds its place in the data again; what it writes and reads is replaced. Its own
-checkpoints hold frozen weights too, are pickled in part, may be half-written, and lack the sums
-since the last line of the log. Ours hold what is trained: all else is made anew, and the same.
+checkpoints, and DeepSpeed's, hold frozen weights too, are pickled in part, may be half-written, and
+lack the sums since the last line of the log. Ours hold what is trained: all else is made anew, and
+the same. Of a group the first process keeps what all have, and each what is its own: generators,
+sums, and its share of an optimiser that ZeRO has shared out.
 """
 
 from collections.abc import Callable
@@ -13,15 +15,24 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from align import group
 from align.state import (
     State,
     copy_into,
     generators_state,
     load_state,
+    own_state_name,
     save_state,
     set_generators_state,
 )
 from pipelines.checkpointing import Checkpoints
+from pipelines.shared_training import (
+    is_shared_out,
+    load_optimizer_share,
+    optimizer_share,
+    trained_parameters,
+    whole_parameters,
+)
 from pipelines.stage import StageJob
 from pipelines.trainer_log import TrainerLog, connect
 
@@ -44,12 +55,18 @@ class _Secured(TrainerCallback):
 
     def __init__(self, trainer: Trainer, checkpoints: Checkpoints) -> None:
         self._trainer, self._checkpoints = trainer, checkpoints
-        found = checkpoints.found
-        self._state: State = load_state(found.path) if found is not None else {}
-        replaced: dict[str, Callable[..., None]] = {
+        self._own: State = {}
+        if checkpoints.found is not None:
+            # Before the trainer takes the model in hand, which may share its parameters out.
+            assert trainer.model is not None
+            saved = load_state(checkpoints.found.path)
+            copy_into(trained_parameters(trainer.model), saved.pop("parameters"))
+            self._common, self._own = saved, load_state(checkpoints.found.path, own_state_name())
+        self._prepare: Callable[..., Any] = trainer._prepare_for_training
+        replaced: dict[str, Callable[..., Any]] = {
+            "_prepare_for_training": self._prepare_and_load,
             "_save_checkpoint": self._save,
-            "_load_from_checkpoint": self._load_parameters,
-            "_load_optimizer_and_scheduler": self._load_optimizer,
+            "_load_from_checkpoint": _nothing,
             "_load_rng_state": self._load_generators,
         }
         for name, function in replaced.items():
@@ -68,7 +85,7 @@ class _Secured(TrainerCallback):
     ) -> None:
         """Go on with the sums, which the trainer has set to 0; log as often as the recipe says."""
         state.compute_steps(args, state.max_steps)
-        for name, value in self._state.pop("sums", {}).items():
+        for name, value in self._own.get("sums", {}).items():
             on_device = value.to(args.device) if isinstance(value, Tensor) else value
             setattr(self._trainer, name, on_device)
 
@@ -78,36 +95,49 @@ class _Secured(TrainerCallback):
 
     def _fill(self, folder: Path) -> None:
         trainer = self._trainer
+        assert trainer.model is not None
         assert trainer.optimizer is not None
         assert trainer.lr_scheduler is not None
+        shared_out = is_shared_out(trainer)
         names = (*_SUMS, *getattr(trainer, "SUMS", ()))
-        save_state(
-            folder,
-            {
-                "parameters": self._trained(),
-                "optimizer": trainer.optimizer.state_dict(),
-                "scheduler": trainer.lr_scheduler.state_dict(),
-                "sums": {name: getattr(trainer, name) for name in names},
-                "generators": generators_state(),
-            },
-        )
-        trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        own = {
+            "sums": {name: getattr(trainer, name) for name in names},
+            "generators": generators_state(),
+            "optimizer": optimizer_share(trainer) if shared_out else None,
+        }
+        save_state(folder, own, own_state_name())
+        common = {
+            "parameters": whole_parameters(trainer),
+            "optimizer": None if shared_out else trainer.optimizer.state_dict(),
+            "scheduler": trainer.lr_scheduler.state_dict(),
+        }
+        if group.is_first():
+            save_state(folder, common)
+            trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
-    def _load_parameters(self, *ignored: Any) -> None:
-        copy_into(self._trained(), self._state.pop("parameters"))
+    def _prepare_and_load(self, max_steps: int, batches: Any, found: str | None) -> Any:
+        """Have the trainer prepare as for a start from nothing; then load optimiser and schedule.
 
-    def _load_optimizer(self, *ignored: Any) -> None:
+        DeepSpeed would look for a checkpoint of its own.
+        """
+        prepared = self._prepare(max_steps, batches, None)
         trainer = self._trainer
-        if self._state:
+        if found is not None:
             assert trainer.optimizer is not None
             assert trainer.lr_scheduler is not None
-            trainer.optimizer.load_state_dict(self._state.pop("optimizer"))
-            trainer.lr_scheduler.load_state_dict(self._state.pop("scheduler"))
+            # The trainer's own word of the epoch does not reach the order through two wrappers, of
+            # a group's parts and of skipped batches.
+            batches.set_epoch(int(trainer.state.epoch or 0))
+            if is_shared_out(trainer):
+                load_optimizer_share(trainer, self._own.pop("optimizer"))
+            else:
+                trainer.optimizer.load_state_dict(self._common.pop("optimizer"))
+            trainer.lr_scheduler.load_state_dict(self._common.pop("scheduler"))
+        return prepared
 
     def _load_generators(self, *ignored: Any) -> None:
-        set_generators_state(self._state.pop("generators"))
+        set_generators_state(self._own.pop("generators"))
 
-    def _trained(self) -> dict[str, Tensor]:
-        model = self._trainer.model
-        assert model is not None
-        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+def _nothing(*ignored: Any) -> None:
+    """Stand in for what is done already."""

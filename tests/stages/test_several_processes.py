@@ -230,7 +230,7 @@ def test_packs_and_one_process_with_zero(root: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_pretraining_is_that_of_one_process(root: Path, zero: int) -> None:
-    settings = ["sft=null", "reward=null", "ppo=null", "evaluate=null", "run.keep_checkpoints=0"]
+    settings = ["sft=null", "reward=null", "ppo=null", "evaluate=null"]
     settings += ["data.prompts=null", "data.reward=null", "data.sft=null", "base.id=pretrain"]
     settings += ["pretrain.steps=6", "pretrain.batch_size=8", "pretrain.log_every=1"]
 

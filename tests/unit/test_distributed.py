@@ -27,7 +27,6 @@ LORA, FULL = "llama2-7b/lora-zero2", "llama2-7b/full-zero3-offload"
     [
         (["distributed.zero=0"], "distributed.offload=all: is a part of ZeRO"),
         (["distributed.zero=2"], "offload=all: weights are whole with zero=2; allowed: none, opt"),
-        (["run.keep_checkpoints=2"], "run.keep_checkpoints=2: checkpoints are not built with"),
         (["adapter.method=bitfit"], "adapter.method=bitfit: not built with distributed.processes="),
         (["adapter.method=lora", "adapter.dora=true"], "adapter.dora=true: not built with"),
         (["adapter.method=lora", "base.quantization=nf4"], "base.quantization=nf4: not built with"),
@@ -55,7 +54,7 @@ def test_what_does_not_go_together_is_refused_by_name(overrides: list[str], mess
     ],
 )
 def test_ppo_is_refused_by_name(overrides: list[str], message: str) -> None:
-    group = ["distributed.processes=3", "run.keep_checkpoints=0"]
+    group = ["distributed.processes=3"]
     group += [f"{key}=48" for key in ("pretrain.batch_size", "sft.batch_size", "reward.batch_size")]
     group += ["ppo.batch_size=48"]
     shared = ["ppo.minibatch_size=24"] if "minibatch" not in overrides[0] else []
