@@ -237,12 +237,29 @@ class Evaluate(Section):
     category: FunctionName | None = None
 
 
-class Tracking(Section):
-    """Weights & Biases. ``auto``: online with a key, else offline; it never asks."""
+_OF_TENSORBOARD: dict[str, tuple[str | None, ...]] = {
+    "mode": ("auto", "disabled"),
+    "project": ("align",),
+    "entity": (None,),
+}
 
+
+class Tracking(Section):
+    """Weights & Biases, or TensorBoard. ``auto``: online with a W&B key, else into the run."""
+
+    backend: Literal["wandb", "tensorboard"] = "wandb"
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     project: str = "align"
     entity: str | None = None
+
+    @model_validator(mode="after")
+    def _tensorboard_is_local(self) -> "Tracking":
+        if self.backend == "tensorboard":
+            for key, allowed in _OF_TENSORBOARD.items():
+                if getattr(self, key) not in allowed:
+                    names = " or ".join("null" if value is None else value for value in allowed)
+                    refuse(key, f"means nothing to TensorBoard; allowed with it: {names}")
+        return self
 
 
 class Recipe(Section):

@@ -64,6 +64,8 @@ def write_record(job: "StageJob", result: "StageResult", started: str) -> None:
         finished=now(),
     )
     manifests.write_manifest(job.directory, manifest)
+    if job.tracker is not None:
+        job.tracker.record(manifest.model_dump(mode="json"))
 
 
 def library_versions(recipe: Recipe) -> dict[str, str]:

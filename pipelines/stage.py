@@ -32,7 +32,7 @@ from align.manifest import BaseFacts, Manifest
 from align.metrics import MetricsLog, format_values
 from align.recipe import Recipe, StageName
 from align.recipe_io import dump_recipe, load_recipe
-from align.tracking import WandbTracker, start_tracker
+from align.tracking import RunTracker, start_tracker
 from data.load import LoadedData, load_records
 from pipelines.checkpointing import Checkpoints, find_for_all
 from pipelines.process import (
@@ -93,7 +93,7 @@ class StageJob:
     inputs_sha256: str = ""
     force: bool = False  # start from nothing, whatever checkpoints there are
     signals: Signals = field(default_factory=Signals)
-    tracker: WandbTracker | None = None
+    tracker: RunTracker | None = None
     # Per data section: how many rows could be tokenised, and why others were dropped.
     tokenised: dict[str, tuple[int, Counter[str]]] = field(default_factory=dict)
     _log: MetricsLog | None = None

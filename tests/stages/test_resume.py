@@ -11,8 +11,10 @@ import pytest
 
 from align.checkpoints import FOLDER
 from align.lock import locked
+from align.manifest import METRICS
 from tests.fault_server import POINTS
 from tests.faults import SETTINGS, Server, facts
+from tests.tensorboard_events import scalars
 
 STAGES = tuple(SETTINGS)
 LATER = {"pretrain": 5, "sft": 5, "reward": 7, "ppo": 3}  # what the last process goes on from
@@ -207,6 +209,25 @@ def test_the_wandb_run_goes_on(again: Server, whole: dict) -> None:
     ids = {name.rpartition("-")[2] for name in parts}
     assert ids == {wandb_id}, killed.output + done.output
     assert facts(again.folder("ppo")) == whole["ppo"][0]
+
+
+def test_tensorboard_has_every_line_of_the_log_once(again: Server, whole: dict) -> None:
+    """Killed with a line logged that no checkpoint covers; what goes on logs it again."""
+    shutil.rmtree(again.folder("pretrain"))
+    tensorboard = ("tracking.mode=auto", "tracking.backend=tensorboard")
+    killed = again.run("pretrain", *tensorboard, fault=(2, "after", "log"))
+    assert killed.code == -signal.SIGKILL
+    assert "goes on after step" in (done := again.run("pretrain", *tensorboard)).output
+    assert done.code == 0
+    lines = map(json.loads, (again.folder("pretrain") / METRICS).read_text().splitlines())
+    expected: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        step = line.pop("step")
+        for key, value in line.items():
+            expected.setdefault(key, []).append((step, pytest.approx(value, rel=1e-6)))
+    events = again.folder("pretrain").parent / "tensorboard" / "pretrain"
+    assert scalars(events) == expected
+    assert facts(again.folder("pretrain")) == whole["pretrain"][0]
 
 
 def test_force_starts_from_nothing(again: Server, whole: dict) -> None:

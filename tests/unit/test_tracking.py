@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from align.recipe import Recipe
-from align.tracking import WandbTracker, start_tracker, without_secrets
+from align.tracking import RunTracker, start_tracker
+from align.wandb_run import WandbRun, without_secrets
 from tests import offline_wandb
 
 
@@ -101,7 +102,7 @@ def test_failing_tracker_is_dropped_and_does_not_raise(capsys):
             raise ConnectionError("gone")
 
     run = Broken()
-    tracker = WandbTracker(run)
+    tracker = RunTracker(WandbRun(run))
     tracker.log(1, {"loss": 1.0})
     tracker.log(2, {"loss": 1.0})
     tracker.finish(0)

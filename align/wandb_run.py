@@ -1,0 +1,130 @@
+"""A Weights & Biases run of a stage: online with a key, else offline; it never asks."""
+
+import netrc
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+from align.recipe import Recipe, StageName
+
+# A recipe has no place for secrets; this keeps one out that came in as a free name.
+_SECRET_WORDS = {"key", "apikey", "token", "secret", "password"}
+Mode = Literal["online", "offline", "disabled"]
+
+_INIT_TIMEOUT = 20.0  # seconds until a run without a network goes on offline
+_FINISH_TIMEOUT = 60.0  # seconds for the last upload; what is missing then is still on disk
+
+
+class WandbRun:
+    """A started ``wandb.Run``, as ``align.tracking`` uses it."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        self.id: str = run.id
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Send the values of one step."""
+        self._run.log(dict(values), step=step)
+
+    def record(self, manifest: dict[str, Any]) -> None:
+        """Put the manifest of the finished stage beside the recipe in the run's configuration."""
+        self._run.config.update({"manifest": without_secrets(manifest)})
+
+    def finish(self, exit_code: int) -> None:
+        """End the run; 0 marks it as finished, anything else as failed."""
+        self._run.finish(exit_code=exit_code)
+
+
+def start_wandb(
+    recipe: Recipe, stage: StageName, directory: Path, run_id: str | None
+) -> WandbRun | None:
+    """Start a run for one stage; runs of one recipe share a group.
+
+    Args:
+        directory: the run directory; files go to ``directory/wandb``.
+        run_id: of the run to continue, None for a new one. Offline each part has a folder of its
+            own; they become one run where they are synchronised.
+
+    Returns:
+        None where WANDB_MODE turns it off.
+
+    Raises:
+        ImportError: wandb is not installed.
+        Exception: whatever wandb raises where no run can be started, offline either.
+    """
+    mode = _mode(recipe)
+    if mode == "disabled":
+        return None
+    import wandb
+
+    def start(mode: Mode) -> WandbRun:
+        run = wandb.init(
+            project=recipe.tracking.project,
+            entity=recipe.tracking.entity,
+            group=recipe.name,
+            name=f"{recipe.name}/{stage}",
+            job_type=stage,
+            dir=str(directory),
+            config=without_secrets(recipe.model_dump(mode="json")),
+            mode=mode,
+            id=run_id,
+            resume="allow" if run_id is not None else None,
+            reinit="create_new",
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                save_code=False,
+                init_timeout=_INIT_TIMEOUT,
+                finish_timeout=_FINISH_TIMEOUT,
+            ),
+        )
+        return WandbRun(run)
+
+    if mode == "online":
+        try:
+            return start("online")
+        except Exception as error:  # no network, a key that is refused, ...
+            _warn(f"tracking: online did not start: {type(error).__name__}: {error}")
+    return start("offline")
+
+
+def without_secrets(value: Any) -> Any:
+    """Return a copy without the entries whose name has a word such as key, token or password."""
+    if isinstance(value, dict):
+        return {
+            key: without_secrets(item)
+            for key, item in value.items()
+            if not _SECRET_WORDS & set(re.split(r"[^a-z]+", str(key).lower()))
+        }
+    if isinstance(value, list | tuple):
+        return [without_secrets(item) for item in value]
+    return value
+
+
+def _mode(recipe: Recipe) -> Mode:
+    """Return the mode to start in. WANDB_MODE wins; online without a key becomes offline."""
+    mode = os.environ.get("WANDB_MODE") or recipe.tracking.mode
+    if mode in ("auto", "online", "shared"):
+        if _has_key():
+            return "online"
+        if mode != "auto":  # wandb would ask for one on a terminal
+            _warn("tracking: no W&B key (WANDB_API_KEY or `wandb login`); going on offline")
+        return "offline"
+    return "disabled" if mode == "disabled" else "offline"
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr)
