@@ -23,11 +23,13 @@ class WandbRun:
 
     def __init__(self, run: Any) -> None:
         self._run = run
+        self._first: int = run.starting_step  # W&B has those before from an earlier process
         self.id: str = run.id
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Send the values of one step."""
-        self._run.log(dict(values), step=step)
+        """Send the values of one step, unless the run that is gone on with has it."""
+        if step >= self._first:
+            self._run.log(dict(values), step=step)
 
     def record(self, manifest: dict[str, Any]) -> None:
         """Put the manifest of the finished stage beside the recipe in the run's configuration."""
@@ -58,6 +60,8 @@ def start_wandb(
     mode = _mode(recipe)
     if mode == "disabled":
         return None
+    # Telemetry of the client's own: a server that does not answer holds the process up at its end.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     def start(mode: Mode) -> WandbRun:
@@ -87,7 +91,8 @@ def start_wandb(
         try:
             return start("online")
         except Exception as error:  # no network, a key that is refused, ...
-            _warn(f"tracking: online did not start: {type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            _warn(f"tracking: W&B did not start online ({reason}); going on offline")
     return start("offline")
 
 

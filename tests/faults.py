@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,6 +80,7 @@ class Server:
         seconds: float | None = None,
         signum: int = signal.SIGKILL,
         file_bytes: int | None = None,
+        env: dict[str, str] | None = None,
     ) -> Done:
         """Run a stage of the smallest recipe.
 
@@ -87,6 +89,7 @@ class Server:
                 name only calls of that name count.
             seconds: or the time after which the signal is sent.
             file_bytes: no file can be larger, as if the disk were full.
+            env: added to the stage's environment.
         """
         given = {word.partition("=")[0] for word in more}
         usual = (*COMMON, *SETTINGS[stage])
@@ -99,6 +102,7 @@ class Server:
             "seconds": seconds,
             "signal": int(signum),
             "file_bytes": file_bytes,
+            "env": env or {},
         }
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -131,7 +135,7 @@ def facts(folder: Path) -> dict[str, Any]:
     return found
 
 
-def without_clock(lines: list[str]) -> list[dict[str, float]]:
+def without_clock(lines: Iterable[str]) -> list[dict[str, float]]:
     """Return the lines of a log without what the clock decides."""
     return [_timeless(json.loads(line)) for line in lines]
 

@@ -13,8 +13,9 @@ from align.checkpoints import FOLDER
 from align.lock import locked
 from align.manifest import METRICS
 from tests.fault_server import POINTS
-from tests.faults import SETTINGS, Server, facts
+from tests.faults import SETTINGS, Server, facts, without_clock
 from tests.tensorboard_events import scalars
+from tests.wandb_server import KEY, wandb_server
 
 STAGES = tuple(SETTINGS)
 LATER = {"pretrain": 5, "sft": 5, "reward": 7, "ppo": 3}  # what the last process goes on from
@@ -209,6 +210,34 @@ def test_the_wandb_run_goes_on(again: Server, whole: dict) -> None:
     ids = {name.rpartition("-")[2] for name in parts}
     assert ids == {wandb_id}, killed.output + done.output
     assert facts(again.folder("ppo")) == whole["ppo"][0]
+
+
+def test_the_wandb_run_goes_on_online(again: Server, whole: dict) -> None:
+    """With a server on this machine: one run, with every line of the log, and no secret."""
+    shutil.rmtree(again.folder("pretrain"))
+    secret = "hf_abcdefghijklmnopqrstuvwxyz"
+    with wandb_server() as wandb:
+        env = wandb.environment() | {"HF_TOKEN": secret}
+        killed = again.run("pretrain", "tracking.mode=auto", fault=(2, "after", "log"), env=env)
+        assert killed.code == -signal.SIGKILL
+        done = again.run("pretrain", "tracking.mode=auto", env=env)
+        assert done.code == 0, done.output
+    manifest = json.loads((again.folder("pretrain") / "stage.json").read_text())
+    assert list(wandb.runs) == [manifest["wandb_id"]]
+    (run,) = wandb.runs.values()
+    assert (run.facts["groupName"], run.facts["jobType"]) == ("miniature-smoke", "pretrain")
+    assert run.config["manifest"]["outputs"] == manifest["outputs"]
+    assert run.config["pretrain"]["steps"] == 8
+    assert run.exit_code == 0
+    lines = (again.folder("pretrain") / METRICS).read_text().splitlines()
+    assert without_clock(map(json.dumps, wandb.rows(manifest["wandb_id"]))) == without_clock(lines)
+    assert "Steps must be monotonically" not in done.output
+    for request in wandb.requests:
+        assert KEY not in request.path + request.body
+        assert secret not in request.path + request.body
+    output = killed.output + done.output
+    assert KEY not in output
+    assert secret not in output
 
 
 def test_tensorboard_has_every_line_of_the_log_once(again: Server, whole: dict) -> None:

@@ -61,7 +61,7 @@ def test_a_resumed_stage_continues_its_run(tmp_path, monkeypatch):
     import wandb
 
     asked = []
-    run = SimpleNamespace(id="x")
+    run = SimpleNamespace(id="x", starting_step=0)
     monkeypatch.setattr(wandb, "init", lambda **settings: asked.append(settings) or run)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -95,6 +95,7 @@ def test_disabled_writes_nothing(tmp_path):
 def test_failing_tracker_is_dropped_and_does_not_raise(capsys):
     class Broken:
         id = "x"
+        starting_step = 0
         calls = 0
 
         def log(self, values, step):
