@@ -199,8 +199,8 @@ class _Source:
         return here
 
     def message(self) -> str:
-        """Return all problems, one per line."""
-        return "\n".join(self.problems)
+        """Return all problems, one per line; an override may hold bytes that are no characters."""
+        return "\n".join(self.problems).encode("utf-8", "backslashreplace").decode()
 
 
 def _read(file: Path) -> str:

@@ -4,11 +4,13 @@ Stricter than a YAML loader: repeated keys, empty values, object tags and docume
 of bounds through aliases are refused. Values are text, numbers, true/false, null, lists and dicts.
 """
 
+import re
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
 Path = tuple[str | int, ...]
@@ -18,6 +20,7 @@ _CORE = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float"
 _TEXT = {f"tag:yaml.org,2002:{name}" for name in ("timestamp", "value", "merge")}
 # Stands in for a value that was reported as a problem of the document.
 UNREADABLE = object()
+_HALF = re.compile("[\\ud800-\\udfff]")  # what "\\ud83d" spells; no file takes it
 _MAX_NODES, _MAX_DEPTH = 20_000, 20
 
 
@@ -49,7 +52,9 @@ def parse(text: str) -> Tree:
     yaml = YAML(typ="safe", pure=True)
     tree = Tree()
     try:
-        node = yaml.compose(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ReusedAnchorWarning)
+            node = yaml.compose(text)
         if node is not None:
             tree.value = _value(yaml, node, (), tree)
     except MarkedYAMLError as error:
@@ -57,6 +62,9 @@ def parse(text: str) -> Tree:
         raise NotYamlError(_explain(error), mark.line + 1 if mark else None) from None
     except YAMLError as error:
         raise NotYamlError(" ".join(str(error).split()), None) from None
+    except ReusedAnchorWarning as warning:
+        anchor = str(warning).partition("'")[2].partition("'")[0]
+        raise NotYamlError(f"the anchor &{anchor} is given twice", None) from None
     except RecursionError:
         raise NotYamlError("nested too deeply", None) from None
     return tree
@@ -93,7 +101,7 @@ def _mapping(yaml: Any, node: Node, path: Path, tree: Tree) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
-        if not isinstance(key_node, ScalarNode):
+        if not isinstance(key_node, ScalarNode) or _HALF.search(key_node.value):
             tree.problems.append((line, "a key that is not text"))
             continue
         key = str(key_node.value)
@@ -108,6 +116,12 @@ def _mapping(yaml: Any, node: Node, path: Path, tree: Tree) -> dict[str, Any]:
 
 
 def _scalar(yaml: Any, node: ScalarNode, path: Path, tree: Tree) -> Any:
+    if _HALF.search(node.value):
+        problem = "half of a surrogate pair; write whole characters"
+        tree.problems.append(
+            (tree.lines[path], f"{'.'.join(map(str, path)) or 'value'}: {problem}")
+        )
+        return UNREADABLE
     if node.tag in _TEXT and node.style is None:
         return str(node.value)
     if node.tag not in _CORE:

@@ -4,7 +4,6 @@ Written record by record, at once: TensorBoard's own threaded writer, and torch'
 a stack trace when the disk is full.
 """
 
-import json
 import os
 import time
 from pathlib import Path
@@ -18,11 +17,11 @@ class EventFile:
     """The event file of one stage; TensorBoard shows ``folder``, its name is the run's there."""
 
     id = None  # a resumed stage needs none
+    behind = True  # the file is new
 
-    def __init__(self, folder: Path, metrics: Path) -> None:
-        """Begin a file with the rows that ``metrics`` already holds; it stands for all before it.
+    def __init__(self, folder: Path) -> None:
+        """Begin a file that stands for all before it.
 
-        A resumed stage has cut the rows to its checkpoint: no step comes twice and none is missing.
         Earlier files stay, since a TensorBoard that reads one of them would wait for it for ever.
 
         Raises:
@@ -41,9 +40,6 @@ class EventFile:
         self._write(file_version="brain.Event:2")
         # By this TensorBoard forgets all steps from 0 on that it has read before.
         self._write(step=0, session_log=SessionLog(status=SessionLog.START))
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            values = json.loads(line)
-            self.log(values.pop("step"), values)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Add the values of one step; TensorBoard keeps them in float32.

@@ -1,5 +1,6 @@
 """Trackers, as guests of a training run: whatever happens to them, it goes on."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,16 @@ from align.wandb_run import start_wandb
 
 
 class Guest(Protocol):
-    """What a tracker can do; any of it may raise. ``id`` is of the W&B run, if it is one."""
+    """What a tracker can do; any of it may raise.
+
+    ``id`` is of the W&B run, if it is one; ``behind``: it may lack steps that are logged already.
+    """
 
     @property
     def id(self) -> str | None: ...
+
+    @property
+    def behind(self) -> bool: ...
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -72,13 +79,24 @@ def start_tracker(
         return RunTracker(None)
     try:
         if backend == "tensorboard":
-            return RunTracker(EventFile(directory / FOLDER / stage, directory / stage / METRICS))
-        return RunTracker(start_wandb(recipe, stage, directory, run_id))
+            guest: Guest | None = EventFile(directory / FOLDER / stage)
+        else:
+            guest = start_wandb(recipe, stage, directory, run_id)
+        if guest is not None and guest.behind:
+            _catch_up(guest, directory / stage / METRICS)
+        return RunTracker(guest)
     except ImportError as error:
         _warn(f"tracking is off: {backend} cannot be imported ({error}); pip install {backend}")
     except Exception as error:  # as above
         _warn(f"tracking is off: {backend} did not start: {type(error).__name__}: {error}")
     return RunTracker(None)
+
+
+def _catch_up(guest: Guest, metrics: Path) -> None:
+    """Log again what a resumed stage has logged up to its checkpoint."""
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        values = json.loads(line)
+        guest.log(values.pop("step"), values)
 
 
 def _warn(text: str) -> None:

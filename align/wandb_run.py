@@ -25,6 +25,8 @@ class WandbRun:
         self._run = run
         self._first: int = run.starting_step  # W&B has those before from an earlier process
         self.id: str = run.id
+        # Online a kill takes with it what has not been sent. Offline every part has its own steps.
+        self.behind: bool = run.resumed
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Send the values of one step, unless the run that is gone on with has it."""

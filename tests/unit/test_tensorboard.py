@@ -113,7 +113,7 @@ def test_a_failure_in_the_middle_ends_the_tracking_only(run, console, capsys):
         def close(self):
             raise OSError(28, "No space left on device")
 
-    guest = EventFile(run / "tensorboard" / "sft", run / "sft" / "metrics.jsonl")
+    guest = EventFile(run / "tensorboard" / "sft")
     log = MetricsLog(run / "sft", tracker := RunTracker(guest), console)
     log.log(1, {"loss": 1.0})
     guest._writer = Full()

@@ -61,7 +61,7 @@ def test_a_resumed_stage_continues_its_run(tmp_path, monkeypatch):
     import wandb
 
     asked = []
-    run = SimpleNamespace(id="x", starting_step=0)
+    run = SimpleNamespace(id="x", starting_step=0, resumed=False)
     monkeypatch.setattr(wandb, "init", lambda **settings: asked.append(settings) or run)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -96,6 +96,7 @@ def test_failing_tracker_is_dropped_and_does_not_raise(capsys):
     class Broken:
         id = "x"
         starting_step = 0
+        resumed = False
         calls = 0
 
         def log(self, values, step):

@@ -67,15 +67,18 @@ def client() -> Any:
 
 
 def test_a_run_and_its_continuation_arrive(client, tmp_path):
-    """The second process logs a step that the first one has sent: it is there once."""
+    """The log has a step that was not sent, and three that were: each is there once."""
     with wandb_server() as server:
         client(tmp_path, server.environment())
         (run_id,) = server.runs
-        client(tmp_path, server.environment(), run_id, 2)
+        lines = [{"step": step, "loss": 1 / (step + 1)} for step in range(4)]
+        (tmp_path / "sft").mkdir()
+        (tmp_path / "sft" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        client(tmp_path, server.environment(), run_id, 4)
     assert list(server.runs) == [run_id]
     run = server.runs[run_id]
     assert server.rows(run_id) == [
-        {"step": step, "loss": pytest.approx(1 / (step + 1))} for step in range(5)
+        {"step": step, "loss": pytest.approx(1 / (step + 1))} for step in range(7)
     ]
     assert any("RunResumeStatus" in request.body for request in server.requests)
     facts = {key: run.facts[key] for key in ("project", "groupName", "displayName", "jobType")}
