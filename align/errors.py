@@ -39,3 +39,8 @@ def stopped_by(signum: int) -> str:
     """Return what to tell a user whose signal has ended a process."""
     name = signal.Signals(signum).name
     return f"stopped by {name}; the same command makes what is not finished"
+
+
+def printable(text: str) -> str:
+    """Return a text from a file as a message may hold it: nothing in it steers a terminal."""
+    return text if text.isprintable() else ascii(text)

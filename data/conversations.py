@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from align.errors import printable
 from data.records import ROLES, Message
 
 Messages = tuple[Message, ...]
@@ -351,7 +352,7 @@ def _read_turn(
 
 
 def _names(row: Mapping[Any, Any]) -> str:
-    return _short(", ".join(map(str, row)), 200)
+    return _short(", ".join(printable(str(key)) for key in row), 200)
 
 
 def _short(text: str, length: int = 40) -> str:

@@ -6,7 +6,7 @@ teaches nothing (two equal responses, an empty answer) is ``Dropped`` and counte
 
 from collections.abc import Callable
 
-from align.errors import DataError
+from align.errors import DataError, printable
 from align.recipe import Source
 from align.recipe_reward import STRENGTHS, Strength
 from data.conversations import (
@@ -334,7 +334,7 @@ def _recognise(row: object, source: Source, where: str) -> str:
         if has(*needed):
             return shape
     raise DataError(
-        f"{where}: no known shape has the columns {', '.join(map(str, row))};"
+        f"{where}: no known shape has the columns {', '.join(map(printable, row))};"
         f" set shape (one of {', '.join(_SHAPES)}) and map its fields in columns"
     )
 

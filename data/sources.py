@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from align.errors import DataError
+from align.errors import DataError, printable
 from align.recipe import Recipe, Source
 from align.stages import source_path
 
@@ -148,8 +148,9 @@ def _json(path: Path, text: str) -> Iterator[Row]:
     if isinstance(value, dict):
         lists = [key for key, entry in value.items() if isinstance(entry, list)]
         if len(lists) != 1:
+            named = ", ".join(map(printable, lists)) or "none"
             raise DataError(
-                f"{path}: an object with {len(lists)} lists in it ({', '.join(lists) or 'none'});"
+                f"{path}: an object with {len(lists)} lists in it ({named});"
                 " expected a list of objects, or an object with one list"
             )
         value = value[lists[0]]

@@ -11,8 +11,10 @@ and the others end with None for a result when training has ended.
 
 import argparse
 import contextlib
+import errno
 import importlib
 import json
+import os
 import sys
 import traceback
 from collections import Counter
@@ -354,9 +356,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _message(error: Exception) -> str:
-    if isinstance(error, AlignError):
-        return str(error)
-    return f"{type(error).__name__}: {error} (--debug shows where)"
+    text = str(error)
+    if not isinstance(error, AlignError):
+        text = f"{type(error).__name__}: {error} (--debug shows where)"
+    if os.strerror(errno.ENOSPC) in text:  # safetensors has an error of its own for it
+        text += ". Free some space; the same command goes on from the last checkpoint"
+    return text
 
 
 def _summary(stage: str, name: str, loaded: LoadedData) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from align.errors import DataError
 from align.recipe import Source
 from data.conversations import Dropped, Fault
-from data.records import Ranking, Text
+from data.records import Demonstration, Ranking, Text
 from data.shapes import _SHAPES, find_shape, to_record
 from data.sources import read_file
 
@@ -39,7 +39,10 @@ TEXT = st.text(st.characters(), max_size=12) | st.sampled_from(
 )
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
 KEYS = (
-    st.sampled_from(["role", "content", "from", "value", "text", "score", "rank", "votes"]) | TEXT
+    st.sampled_from(
+        ["role", "content", "from", "value", "text", "score", "rank", "votes", "\x1b[2J", "\ud83d"]
+    )
+    | TEXT
 )
 TURNS = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant", "system", "tool"]) | SCALARS, "content": SCALARS}
@@ -104,12 +107,13 @@ def judge(row: object, shape: str) -> None:
     except Dropped:
         return
     except Fault as fault:
-        field, colon, said = str(fault).partition(": got ")
+        message = str(fault)
+        field, colon, said = message.partition(": got ")
         assert field
         assert colon
         assert ", expected " in said
         assert "; " in said
-        str(fault).encode()  # it can be printed
+        assert message.isprintable()  # nothing from the file steers a terminal
         return
     texts = [record.text] if isinstance(record, Text) else []
     if not isinstance(record, Text):
@@ -166,7 +170,7 @@ def test_any_first_row(row: dict) -> None:
     except DataError as error:
         message = str(error)
         assert message.startswith("rows.jsonl:1: ")
-        message.encode()
+        assert message.isprintable()
         return
     judge(row, shape)
 
@@ -192,3 +196,15 @@ def test_any_file(suffix: str) -> None:
             assert all(isinstance(number, int) for number, _ in rows)
 
         tried()
+
+
+def test_a_line_of_ten_megabytes_is_a_row(tmp_path: Path) -> None:
+    text = "x" * 10_000_000
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "completion": text}) + '\n{"prompt": "b"}\n')
+    (_, first), (_, second) = read_file(file)
+    record = to_record(first, "prompt_completion", Source(path="rows.jsonl"))
+    assert isinstance(record, Demonstration)
+    assert record.messages[-1].content == text
+    with pytest.raises(Fault, match="completion: got nothing"):
+        to_record(second, "prompt_completion", Source(path="rows.jsonl"))

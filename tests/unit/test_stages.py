@@ -7,7 +7,7 @@ import pytest
 
 import align
 from align import fingerprints, stages
-from align.errors import DataError, ParentError
+from align.errors import DataError, ParentError, TrainingError
 from align.fingerprints import module_file
 from align.manifest import BaseFacts, Manifest, ParentFacts, sha256_outputs, write_manifest
 from align.recipe import Recipe, StageName
@@ -379,3 +379,21 @@ def test_with_plain_transformers_the_batches_of_sampling_decide_its_result(done:
         for rows in (1, 2)
     }
     assert len(hashes) == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", "runs/x/sft/metrics.jsonl"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        TrainingError("step 3: the checkpoint could not be written: No space left on device"),
+    ],
+    ids=["metrics", "model", "checkpoint"],
+)
+def test_a_full_disk_is_told_with_what_to_do(error, capsys):
+    from pipelines.stage import _tell
+
+    assert _tell("sft", error) == 1
+    said = capsys.readouterr().err
+    assert str(error) in said
+    assert said.endswith("Free some space; the same command goes on from the last checkpoint\n")
