@@ -52,6 +52,18 @@ TEXTS = 16  # on which the drift is measured
 # preference of even odds by 0.025.
 LIMITS = {"kl/mean": 0.01, "score/mean": 0.1}
 
+# What PEFT calls the adapters that cannot be merged; what we call them, and why.
+_NO_WEIGHTS = {
+    "BOTTLENECK": (
+        "bottleneck",
+        "puts layers with a nonlinearity between those of the base: no weights of the base do that",
+    ),
+    "PREFIX_TUNING": (
+        "prefix",
+        "puts keys and values before every text: a plain checkpoint has no place for them",
+    ),
+}
+
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -217,15 +229,15 @@ def _check_files(directory: Path, manifest: Manifest, model: str) -> None:
 
 
 def _check_method(model: Path) -> None:
-    """Refuse an adapter that is more than LoRA: the rest of it would be lost."""
+    """Refuse an adapter that no weights of the base can stand for."""
     if not (model / ADAPTER).is_file():
         return
-    settings = json.loads((model / ADAPTER).read_text(encoding="utf-8"))
-    more = set(settings.get("modules_to_save") or ()) - {"score"}
-    if settings["peft_type"] != "LORA" or settings.get("bias", "none") != "none" or more:
+    kind = json.loads((model / ADAPTER).read_text(encoding="utf-8"))["peft_type"]
+    if kind in _NO_WEIGHTS:
+        method, reason = _NO_WEIGHTS[kind]
         raise InputError(
-            f"{model}: its adapter is no LoRA, or trains more than that; allowed for export:"
-            " adapter.method=lora, and models all of whose weights were trained"
+            f"{model}: was trained with adapter.method={method}, which {reason}; allowed for"
+            " export: any other method. PEFT loads the folder as it is"
         )
 
 

@@ -8,7 +8,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,12 +20,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from align.adapters import is_adapter
+from align.adapters import load_adapter, trained_method
 from align.drift import logit_drift, score_drift
 from align.errors import InputError
 from align.manifest import BaseFacts
 from align.merging import in_dtype, merged
-from align.models import base_config, base_location, compute_device, load_causal_lm
+from align.models import (
+    base_config,
+    base_location,
+    compute_device,
+    load_backbone,
+    load_causal_lm,
+)
 from align.quantization import dequantize
 from align.recipe import Recipe
 from align.roles import Role, Roles
@@ -34,7 +40,7 @@ from data.records import Message
 from data.render import Renderer, render_all
 from pipelines.load_roles import LoadedRoles, load_roles
 from pipelines.stage import StageJob
-from reward.model import load_score_head, plain_classifier
+from reward.model import load_reward_model, load_score_head, plain_classifier
 
 SCORE_OFFSET = "score_offset"  # in a reward model's config.json
 _TOKENS_AT_ONCE = 4096  # per forward pass; only memory depends on it
@@ -98,7 +104,7 @@ def write_reward_model(
 ) -> Written:
     """Write a reward model with its head and tokenizer, and compare the scores of the responses.
 
-    Args and errors: as above; ``folder`` holds an adapter with its head.
+    Args and errors: as above; the model in ``folder`` has its head with it.
     """
     loaded = load_roles(job, {"reward": folder}, max_new_tokens=0, engine="hf")
     sequences = _sequences(job.recipe, loaded, texts)
@@ -106,7 +112,7 @@ def write_reward_model(
     tokenizer, facts, pad_id = loaded.tokenizer, loaded.facts, loaded.pad_id
     del loaded
     head = load_score_head(folder)
-    plain, offset = plain_classifier(_whole(job.recipe, folder, dtype), head, pad_id)
+    plain, offset = plain_classifier(_whole(job.recipe, folder, dtype, scored=True), head, pad_id)
     setattr(plain.config, SCORE_OFFSET, offset)
     # Models with learned positions count them from the left, whatever the mask says.
     _save(in_dtype(plain, dtype), tokenizer, target, padding_side="right")
@@ -134,13 +140,32 @@ def _sequences(recipe: Recipe, loaded: LoadedRoles, texts: Sequence[Conversation
     return join(*zip(*rows, strict=True)).to(loaded.roles.device)
 
 
-def _whole(recipe: Recipe, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model in a folder with all its weights, on the CPU."""
-    if is_adapter(folder):
-        return merged(dequantize(load_causal_lm(recipe, base_location(recipe))), folder, dtype)
-    in_float32 = recipe.base.model_copy(update={"dtype": "float32"})  # as it was saved
-    model = load_causal_lm(recipe.model_copy(update={"base": in_float32}), str(folder))
-    return in_dtype(model, dtype)
+def _whole(
+    recipe: Recipe, folder: Path, dtype: torch.dtype, *, scored: bool = False
+) -> PreTrainedModel:
+    """Return the model in a folder with all its weights, on the CPU.
+
+    Args:
+        scored: it is a reward model; what is returned has its body, but not its head.
+    """
+    method = trained_method(folder)
+    if method == "full":
+        in_float32 = recipe.base.model_copy(update={"dtype": "float32"})  # as it was saved
+        recipe = recipe.model_copy(update={"base": in_float32})
+        model = load_backbone(recipe, folder) if scored else load_causal_lm(recipe, str(folder))
+        return in_dtype(model, dtype)
+    base = dequantize(load_causal_lm(recipe, base_location(recipe)))
+    if method == "lora":
+        return merged(base, folder, dtype)
+    # The other methods have trained copies of what the base has.
+    adapted: Any = (
+        load_reward_model(base, folder).classifier if scored else load_adapter(base, folder)
+    )
+    plain = cast(PreTrainedModel, adapted.unload())
+    if not scored:  # output embeddings that were trained are no longer those of the input
+        tied = plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
+        plain.config.tie_word_embeddings = tied
+    return in_dtype(plain, dtype)
 
 
 def _save(

@@ -6,9 +6,6 @@ Align and no PEFT loads what was exported. The real command runs on real stages 
 """
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,64 +19,26 @@ from transformers import AutoModelForCausalLM
 
 from align.manifest import find_manifest, sha256_file, sha256_outputs
 from align.models import load_causal_lm, recipe_base_facts
-from align.recipe import TokenizerSection
 from align.recipe_io import load_recipe
 from align.roles import add_adapters
-from data.tokenizer import prepare_tokenizer
 from pipelines import export, plain_checkpoint
 from pipelines.run_facts import read_run
 from tests import tiny
 from tests.adapters import sft_adapter
-from tests.finished import TEMPLATE, edit_manifest, finish, origin, plain, reward_stage, unfinish
+from tests.exports import (
+    RECIPE,
+    ROWS,
+    TEXTS,
+    run_export,
+    said_by_transformers,
+    sampled,
+    tokenizer,
+)
+from tests.finished import edit_manifest, finish, origin, plain, reward_stage, unfinish
 
-RECIPE = """
-name: x
-base: {{id: {base}, quantization: {kind}}}
-adapter: {{r: 4, alpha: 8.0}}
-data:
-  max_prompt_tokens: 96
-  max_response_tokens: 64
-  sft: {{train: [{{world: demonstrations}}]}}
-  reward: {{train: [{{world: rankings}}]}}
-  prompts: {{train: [{{world: prompts}}]}}
-sft: {{lr: 1.0e-3, batch_size: 2}}
-reward: {{lr: 1.0e-3, batch_size: 2}}
-ppo: {{lr: 1.0e-3, batch_size: 2, minibatch_size: 2, steps: 1, max_new_tokens: 8}}
-tracking: {{mode: disabled}}
-run: {{root: {root}, threads: 1}}
-"""
-TEXTS = [("Say hello to Mira.", "Hello, Mira!"), ("Who has a kite?", "Tom."), ("Boats?", "")]
 MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2}
 
-# Loads folders by transformers alone; prints what they say to rows of ids, one by one and padded.
-PLAIN = """
-import json, sys, torch, transformers
-folders, rows = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-found = {}
-for key, (kind, folder) in folders.items():
-    model = getattr(transformers, kind).from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-    generation = getattr(model, "generation_config", None)
-    found[key] = {
-        "alone": [model(torch.tensor([row])).logits[0].float().flatten().tolist() for row in rows],
-        "batch": model(**batch).logits.float().tolist(),
-        "dtype": str(model.dtype), "class": type(model).__name__, "labels": model.config.num_labels,
-        "padding": tokenizer.padding_side, "template": tokenizer.chat_template,
-        "stops": getattr(generation, "eos_token_id", None),
-        "pad": [model.config.pad_token_id, tokenizer.pad_token_id],
-        "config": model.config.to_dict(),
-    }
-found["ours"] = [n for n in sys.modules if n.split(".")[0] in ("align", "peft", "reward")]
-print(json.dumps(found, default=str))
-"""
 CAUSAL, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
-
-
-def tokenizer() -> Any:
-    made = tiny.tokenizer()
-    made.chat_template = TEMPLATE.replace("{{ bos_token }}", "")
-    return prepare_tokenizer(made, TokenizerSection())
 
 
 def make_run(root: Path, model: str = "llama", kind: str = "none") -> Path:
@@ -95,24 +54,13 @@ def make_run(root: Path, model: str = "llama", kind: str = "none") -> Path:
         folder = root / "x" / stage
         sft_adapter(load_causal_lm(recipe, str(base)), folder / name, seed=seed)
         tokenizer().save_pretrained(folder / name)
-        rows = [
-            {"step": step, "prompt": [{"role": "user", "content": q}], "response": f"{a}{step}"}
-            for step in (0, 4)
-            for q, a in TEXTS
-        ]
-        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "samples.jsonl").write_text(sampled())
         finish(folder, stage, (name, "samples.jsonl"), **facts)
     reward_stage(root / "x/reward", base, load_causal_lm(recipe, str(base)), tokenizer(), seed=3)
     edit_manifest(root / "x/reward", base=facts["base"].model_dump())
     return root / "x"
 
 
-def run_export(run: Path, stage: str, out: Path, *options: str) -> int:
-    place = [f"run.root={run.parent}", f"name={run.name}"]
-    return export.main([stage, str(run / "recipe.yaml"), *place, "--out", str(out), *options])
-
-
-ROWS = [[5, 6, 7, 8, 9, 10, 1], [11, 12, 1], [13, 14, 15, 16, 1]]
 KINDS = ["llama-none", "llama-nf4", "gpt2-none", "gpt2-nf4"]
 EXPORTS = {
     "float32": (CAUSAL, "ppo", "--dtype", "float32"),
@@ -145,17 +93,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
             folder = runs[kind].parent / "deep" / name
             assert run_export(runs[kind], stage, folder, *options) == 0
             folders[f"{kind}/{name}"] = (loader, str(folder))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN, json.dumps(folders), json.dumps(ROWS)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found.pop("ours") == []
+    found = said_by_transformers(folders)
     return {
         key: Exported(runs[key.partition("/")[0]], Path(folders[key][1]), facts)
         for key, facts in found.items()
