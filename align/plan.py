@@ -149,16 +149,26 @@ def _reward(setup: Setup) -> StagePlan:
     gradients, states = training_items([*trained, shape.hidden], section)
     # PEFT keeps the head as it was beside the one that is trained.
     head = setup.head("reward", copies=1 if setup.full else 2)
-    kept = (overhead("reward"), *weights, head, states)
-    training = (
+    kept = [overhead("reward"), *weights, head, states]
+    training = [
         gradients,
         setup.activations(setup.padded(), rows * longest, setup.adapted),
         setup.masks(rows, longest),
         *setup.dequantized(),
-    )
+    ]
+    if section.aux_lm_coef:  # of each ranking's best response, through the frozen embeddings
+        width, count = setup.width, shape.head
+        if count:  # of their own, and not the input's
+            how = f"{count:,} x {width} B"
+            kept.append(Item("output embeddings", count * width, how, "weights"))
+        tokens = rows // responses * recipe.data.max_response_tokens
+        each = 2 * shape.hidden * width
+        how = f"{tokens:,} tokens x {each:,} B"
+        training += [_chunk(setup), Item("best responses' states, slopes", tokens * each, how)]
     scoring_rows = 2 * (section.micro_batch_size or section.batch_size)
     scoring = (setup.forward(scoring_rows * longest), *setup.dequantized())
-    return StagePlan("reward", kept, (Phase("training", training), Phase("scoring", scoring)))
+    phases = (Phase("training", tuple(training)), Phase("scoring", scoring))
+    return StagePlan("reward", tuple(kept), phases)
 
 
 def _ppo(setup: Setup) -> StagePlan:

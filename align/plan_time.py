@@ -34,6 +34,7 @@ MEASURED_SHARE = 0.7  # the same of measured matrix products, which are a part o
 # for the program. By LitGPT's table for 7B and 13B on an A100; quantised blocks launch more.
 BLOCK_SECONDS, QUANTIZED_BLOCK_SECONDS = 1.0e-3, 1.7e-3
 
+_PROBES, _PROBED_ROWS = 4, 200  # of the reward stage's report; tests compare them with its own
 _PER_ROWS = 1000  # rows that a stage's work is given for where their number is not known
 
 
@@ -158,10 +159,16 @@ def _reward(setup: Setup) -> StageWork:
     trained = ceil(rankings * section.epochs) * each
     times = _adapting(setup)
     parts = [_passes("training", setup, trained, setup.longest, rows, times, head=False)]
+    if section.aux_lm_coef:
+        tokens = trained // each * recipe.data.max_response_tokens
+        flops = 2 * 2 * setup.shape.vocab * setup.shape.hidden  # the logits, and back
+        how = f"{tokens:,} tokens of best responses x {flops / 1e9:.4g} GFLOP"
+        parts.append(Work("auxiliary language modelling", tokens, tokens * flops, 0, how))
     heldout = _known(recipe, recipe.data.reward.heldout)
     if heldout:
-        scored = heldout * each
+        scored, probed = heldout * each, _PROBES * min(heldout, _PROBED_ROWS)
         parts.append(_passes("held-out scores", setup, scored, setup.longest, rows, head=False))
+        parts.append(_passes("probes", setup, probed, setup.longest, rows, head=False))
     return StageWork("reward", tuple(parts), per_rows)
 
 
@@ -207,6 +214,10 @@ def _evaluate(setup: Setup) -> StageWork:
     ]
     if recipe.reward is not None and recipe.data.reward is not None:
         parts.append(_passes("rankings", setup, 2 * section.pairs, setup.longest, rows, head=False))
+    benchmark = _known(recipe, tuple(recipe.data.benchmark.values()))
+    if benchmark:  # of two responses, where only its files could say more
+        texts = 2 * benchmark
+        parts.append(_passes("benchmark", setup, texts, setup.longest, rows, head=False))
     if recipe.data.sft is not None and recipe.data.sft.heldout:
         known = _known(recipe, recipe.data.sft.heldout) or section.pairs
         texts = models * min(known, section.pairs)

@@ -18,6 +18,7 @@ from align.recipe_adapter import Adapter
 from align.recipe_ppo import Ppo
 from align.roles import Roles
 from align.sequences import join
+from pipelines.reward_loss import output_head
 from pipelines.sft import add_adapter
 from reward.model import ScoreHead, new_reward_model
 from tests import adapters, tiny
@@ -163,6 +164,26 @@ def test_sft_and_reward_hold_what_the_plan_says(tmp_path, dtype) -> None:
     reward = new_reward_model(base, settings.adapter, tmp_path / "sft", seed=0)
     del base
     check(expected["reward"], reward, step(reward))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_auxiliary_loss_keeps_the_output_embeddings(tmp_path, method, tied) -> None:
+    layout = "separate" if method == "full" else "shared"
+    settings = recipe(adapter={"method": method, "r": 4, "alpha": 8.0}, layout=layout)
+    assert settings.reward is not None
+    section = settings.reward.model_copy(update={"aux_lm_coef": 0.5})
+    settings = settings.model_copy(update={"reward": section, "ppo": None})
+    expected = plans(settings, tie_word_embeddings=tied)["reward"]
+    base = tiny.llama(tie_word_embeddings=tied)
+    if method == "lora":
+        adapters.sft_adapter(tiny.llama(), tmp_path)
+    reward = new_reward_model(base, settings.adapter, tmp_path, seed=0)
+    head = output_head(base)
+    base.get_input_embeddings().requires_grad_(method == "full")
+    module = nn.ModuleList([reward, head])
+    del base
+    check(expected, module, step(module))
 
 
 def test_pretrain_holds_what_the_plan_says() -> None:

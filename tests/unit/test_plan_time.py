@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from align import plan_time
 from align.errors import InputError
 from align.plan_model import Shape, read_shape
 from align.plan_time import Work, card_speed, forward_flops, plan_work
@@ -15,7 +16,8 @@ from align.recipe_io import load_recipe
 from launch import plan as plans
 from launch.experiment import Settings, open_recipe
 from launch.plan_print import print_plan
-from pipelines import calibrate
+from pipelines import calibrate, reward_report
+from reward.analysis import PROBES
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,22 @@ def test_adapters_take_4_operations_for_a_weight_and_6_with_recomputation(
 def test_a_reward_model_has_no_output_embeddings() -> None:
     training = parts("reward")["training"]
     assert training.flops == 40_000 * 1024 * 6 * (6_476_005_376 + 2 * 32 * 4096 * 1024)
+
+
+def test_the_reward_stage_probes_its_report_and_learns_language_if_asked() -> None:
+    """2,000 held-out answers: 200 of 1,000 rankings are probed four times. 20,000 rankings."""
+    assert len(PROBES) == plan_time._PROBES
+    assert reward_report.PROBED_ROWS == plan_time._PROBED_ROWS
+    assert parts("reward")["probes"].tokens == 4 * 200 * 1024
+    assert "auxiliary language modelling" not in parts("reward")
+    extra = parts("reward", "reward.aux_lm_coef=0.5")["auxiliary language modelling"]
+    assert extra.flops == 20_000 * 512 * 2 * 2 * 4096 * 32_000
+
+
+def test_the_benchmark_of_the_evaluation() -> None:
+    source = "data.benchmark={b: {path: b.jsonl, rows: 300}}"
+    assert parts("evaluate", source)["benchmark"].tokens == 300 * 2 * 1024
+    assert "benchmark" not in parts("evaluate")
 
 
 def test_the_passes_of_ppo() -> None:
