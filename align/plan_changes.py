@@ -141,6 +141,11 @@ def _changes(recipe: Recipe) -> list[Change]:
     """Return what can be given up, beside the size of micro-batches."""
     base, adapter = recipe.base, recipe.adapter
     found = _ppo_changes(recipe.ppo) if recipe.ppo is not None else []
+    if recipe.sft is not None:
+        rows = min(recipe.sft.batch_size, recipe.sft.samples)
+        if rows > 1:
+            name = "fewer answers sampled after SFT, to look at"
+            found.append(Change(name, 1, {"sft.samples": max(1, rows // 8)}))
     if not base.gradient_checkpointing:
         key = "base.gradient_checkpointing"
         found.append(Change("gradient checkpointing: a third slower", 3, {key: True}))

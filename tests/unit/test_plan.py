@@ -22,7 +22,7 @@ from align.plan_memory import (
 from align.plan_model import Shape, linear_bytes, read_shape
 from align.published import CONFIGS
 from align.recipe_adapter import Adapter
-from align.recipe_io import load_recipe
+from align.recipe_io import find_recipe, load_recipe
 from launch.plan import read_memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -247,6 +247,17 @@ def test_every_proposal_fits_and_all_of_it_is_needed(place: Path) -> None:
             fewer = {k: v for k, v in proposal.values.items() if k != key}
             left = peak(fewer)
             assert left is None or left > memory, key
+
+
+def test_answers_sampled_after_sft_can_be_what_does_not_fit() -> None:
+    """A cache of 8 x 1024 tokens of 13B, 6.25 GiB, over 8.7 GiB that the stage needs anyway."""
+    recipe = load_recipe(find_recipe("llama2-13b/qlora"))
+    shape = llama2("13B")
+    sft, *_ = plan_recipe(recipe, shape)
+    assert (sft.stage, sft.largest.name) == ("sft", "sampling")
+    found = cheapest(recipe, lambda r: plan_recipe(r, shape), 12 * GIB, lambda stage: stage.peak)
+    assert found
+    assert all(proposal.values["sft.samples"] == 1 for proposal in found)
 
 
 def test_the_command_says_what_makes_it_fit(place: Path) -> None:
