@@ -125,6 +125,9 @@ def test_the_policy_says_what_was_trained(
         assert_close(torch.tensor(theirs), ours, rtol=0, atol=1e-4)
         bare = base(input_ids=torch.tensor([row])).logits[0].flatten()
         assert (bare - ours).abs().max() > 0.1
+    # Other programs than transformers take the configuration's word for it.
+    tied = model == "gpt2" and method != "head_only"
+    assert found["config"]["tie_word_embeddings"] == tied
     facts = json.loads((folder / "export.json").read_text())
     assert 0 <= facts["drift"]["kl/mean"] < 1e-8
     assert facts["drift"]["logits/max"] < 1e-4
