@@ -5,9 +5,7 @@ answer at once. The work happens in processes of its own, started by ``launch.ex
 """
 
 import json
-import math
 import os
-import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,12 +19,12 @@ from typer.models import ArgumentInfo
 from align import __version__
 from align.errors import AlignError, InputError, stopped_by
 from align.recipe import StageName
-from align.recipe_io import find_recipe, shipped_recipes
 from launch import experiment as experiments
 from launch.experiment import ChildError, Experiment, Settings
 from launch.packages import check_packages
 from launch.processes import Stopped, catch_signals
-from launch.tables import by_model, print_table, readable
+from launch.recipes import Json, recipes
+from launch.tables import by_model, print_json, print_table, readable
 from launch.verify import verify_run
 
 app = typer.Typer(
@@ -37,7 +35,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-recipes = typer.Typer(help="List, show and copy the recipes that come with Align.")
 app.add_typer(recipes, name="recipes", invoke_without_command=True)
 
 RECIPE = typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")
@@ -49,7 +46,6 @@ Overrides = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Make stages from nothing, done or not.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be started, and why.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Processes = Annotated[
     int | None,
     typer.Option("--nproc", min=1, help="Processes that train together: distributed.processes."),
@@ -110,7 +106,7 @@ def _run(experiment: Experiment) -> None:
     if experiment.ran or not experiments.report_is_current(experiment):
         experiments.write_report(experiment)
     if settings.json:
-        _print_json(_summary(experiment) | {"report": str(report)})
+        print_json(_summary(experiment) | {"report": str(report)})
     if not experiment.ran:
         settings.say("everything is up to date; --force redoes it")
     settings.say(f"report: {report}")
@@ -122,7 +118,7 @@ def _run_stage(stage: StageName, experiment: Experiment) -> None:
         return
     experiments.run_stages(experiment, experiments.single(experiment, stage))
     if experiment.settings.json:
-        _print_json(_summary(experiment))
+        print_json(_summary(experiment))
 
 
 def _evaluate(experiment: Experiment) -> None:
@@ -136,7 +132,7 @@ def _evaluate(experiment: Experiment) -> None:
     experiments.run_stages(experiment, experiments.single(experiment, "evaluate"))
     metrics = by_model(experiment.results["evaluate"]["metrics"])
     if settings.json:
-        _print_json(metrics)
+        print_json(metrics)
     else:
         print_table(metrics)
 
@@ -203,7 +199,7 @@ def plan(
     experiment = experiments.open_recipe(recipe, overrides or (), _settings(as_json, debug))
     result = plan_experiment(experiment, memory, gpus, card, calibrate=calibrate, on_cpu=cpu)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         print_plan(result)
     raise typer.Exit(0 if result.get("fits", True) else 1)
@@ -215,7 +211,7 @@ def report(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
     settings = _settings(as_json, debug)
     path = experiments.write_report(experiments.open_run(run, (), settings))
     if as_json:
-        _print_json({"report": str(path)})
+        print_json({"report": str(path)})
     else:
         print(path)
 
@@ -239,7 +235,7 @@ def export(
     experiment = experiments.open_run(run, (), _settings(as_json, debug))
     folder, facts = experiments.export(experiment, stage, out, dtype, max_drift)
     if as_json:
-        _print_json({"export": str(folder)} | facts)
+        print_json({"export": str(folder)} | facts)
 
 
 @app.command()
@@ -252,7 +248,7 @@ def verify(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
     wrong = any(check.problems for check in checks.values())
     if as_json:
         stages = {stage: vars(check) for stage, check in checks.items()}
-        _print_json({"run": str(folder), "ok": not wrong, "stages": stages})
+        print_json({"run": str(folder), "ok": not wrong, "stages": stages})
     else:
         for stage, check in checks.items():
             files = f" ({check.files} files)" if check.files else ""
@@ -263,13 +259,42 @@ def verify(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
 
 
 @app.command()
+def reproduce(
+    run: RunName,
+    into: Annotated[
+        Path | None, typer.Option(help="The second directory.  [default: RUN-again]")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Repeat a run from its recipe in a second directory, and compare; exit 1 if something differs.
+
+    Compared are the SHA-256 of every output, and what the manifests say of recipe, versions, data,
+    parents and metrics. Names, times, W&B ids and metrics of the clock and of memory are not.
+    """
+    from launch.reproduce import compare_runs, open_repetition, print_comparison
+
+    folder, again, stages = open_repetition(run, into, _settings(as_json, debug))
+    experiments.run_stages(again, stages)
+    found = compare_runs(folder, again.directory, stages)
+    equal = all(stage.equal for stage in found.values())
+    if as_json:
+        stages_found = {stage: vars(comparison) for stage, comparison in found.items()}
+        runs = {"run": str(folder), "again": str(again.directory)}
+        print_json(runs | {"equal": equal, "stages": stages_found})
+    else:
+        print_comparison(found)
+    raise typer.Exit(0 if equal else 1)
+
+
+@app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Show this machine, its libraries and GPUs."""
     from launch.doctor import examine  # nothing else needs what it imports
 
     facts = examine()
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         problems = facts.pop("problems")
         for name, value in facts.items():
@@ -282,51 +307,6 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
         facts["problems"] = problems
         print("no problems found" if not problems else f"problems: {len(problems)}")
     raise typer.Exit(1 if facts["problems"] else 0)
-
-
-@recipes.callback()
-def _recipes(context: typer.Context, as_json: Json = False) -> None:
-    if context.invoked_subcommand is None:
-        list_recipes(context, as_json)
-    elif as_json and context.invoked_subcommand != "list":
-        context.fail(f"--json goes with list; {context.invoked_subcommand} has none")
-
-
-@recipes.command(name="list")
-def list_recipes(context: typer.Context, as_json: Json = False) -> None:
-    """List the shipped recipes."""
-    as_json = as_json or bool(context.parent and context.parent.params.get("as_json"))
-    found = {name: _first_comment(path) for name, path in shipped_recipes().items()}
-    if as_json:
-        _print_json(found)
-        return
-    width = max(map(len, found), default=0)
-    for name, text in found.items():
-        print(f"{name:{width}}  {text}".rstrip())
-
-
-@recipes.command()
-def show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
-    """Print a recipe as it was written, comments included."""
-    print(find_recipe(name).read_text(encoding="utf-8"), end="")
-
-
-@recipes.command()
-def copy(
-    name: Annotated[str, typer.Argument(metavar="NAME")],
-    to: Annotated[str | None, typer.Argument(metavar="FILE")] = None,
-) -> None:
-    """Copy a shipped recipe here, to change it."""
-    source = find_recipe(name)
-    target = Path(to or f"{name.replace('/', '-').removesuffix('.yaml')}.yaml")
-    if target.is_dir():
-        target /= f"{Path(name).name}.yaml"
-    if target.exists():
-        raise InputError(f"{target}: exists already; name another file")
-    if not target.parent.is_dir():
-        raise InputError(f"{target}: there is no folder {target.parent}; make it, or name another")
-    shutil.copyfile(source, target)
-    print(target)
 
 
 def _refuse_planned(name: str) -> None:
@@ -363,7 +343,7 @@ def _fail(error: AlignError | OSError) -> NoReturn:
 def _show_plan(experiment: Experiment, stages: tuple[StageName, ...]) -> None:
     plan = experiments.plan(experiment, stages)
     if experiment.settings.json:
-        _print_json({"run": str(experiment.directory), "stages": plan})
+        print_json({"run": str(experiment.directory), "stages": plan})
         return
     for stage, facts in plan.items():
         why = f" ({facts['why']})" if facts["why"] else ""
@@ -374,22 +354,3 @@ def _show_plan(experiment: Experiment, stages: tuple[StageName, ...]) -> None:
 
 def _summary(experiment: Experiment) -> dict[str, Any]:
     return {"run": str(experiment.directory), "stages": experiment.results}
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
-
-
-def _finite(value: Any) -> Any:
-    """Put null for NaN and infinities, which JSON has no words for."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _first_comment(path: Path) -> str:
-    with path.open(encoding="utf-8") as file:
-        line = file.readline()
-    return line.removeprefix("#").strip() if line.startswith("#") else ""

@@ -44,6 +44,7 @@ from launch.command import (
 )
 from launch.packages import ROOT
 
+RECIPE = "recipe.yaml"
 REPORT = "report.html"
 EXPORT = "export.json"
 
@@ -126,16 +127,18 @@ def open_run(name: str, overrides: Sequence[str], settings: Settings) -> Experim
         )
     if not folder.is_dir():
         return open_recipe(name, overrides, settings)
-    file = folder / "recipe.yaml"
+    file = folder / RECIPE
     if not file.is_file():
-        raise InputError(f"{folder}: not a run directory: recipe.yaml is missing")
+        raise InputError(f"{folder}: not a run directory: {RECIPE} is missing")
+    return open_recipe(str(file), [*settings_of(folder), *overrides], settings)
+
+
+def settings_of(folder: Path) -> list[str]:
+    """Return the settings of a recipe whose run directory is ``folder``."""
     if folder.name in ("", ".."):
         folder = folder.resolve()
     # json.dumps: a YAML scalar that is text whatever it looks like.
-    here = [f"run.root={json.dumps(str(folder.parent))}"]
-    if load_recipe(file).name != folder.name:
-        here.append(f"name={json.dumps(folder.name)}")
-    return open_recipe(str(file), [*here, *overrides], settings)
+    return [f"run.root={json.dumps(str(folder.parent))}", f"name={json.dumps(folder.name)}"]
 
 
 def planned(experiment: Experiment) -> tuple[StageName, ...]:

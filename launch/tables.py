@@ -1,5 +1,7 @@
 """Results in words and columns, for people; with --json the command prints them as they are."""
 
+import json
+import math
 from typing import Any
 
 MODELS = ("base", "sft", "reward", "ppo")
@@ -29,3 +31,17 @@ def readable(value: Any) -> str:
     if isinstance(value, list):
         return "; ".join(", ".join(map(str, part.values())) for part in value) or "none"
     return "none" if value is None else str(value)
+
+
+def print_json(value: Any) -> None:
+    """Print a result as one JSON object."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    """Put null for NaN and infinities, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

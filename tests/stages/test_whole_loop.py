@@ -203,3 +203,17 @@ def test_wrong_parents_and_rewards_are_refused_and_nothing_is_touched(
     assert message in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     assert {path: path.read_bytes() for path in there.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_two_runs_of_a_recipe_are_equal_file_by_file(copied: Path, run: Path) -> None:
+    there = copied / "runs" / run.name
+    output = align("reproduce", str(there), "--into", "second", "--json", cwd=copied).stdout
+    found = json.loads(output)["stages"]
+    assert tuple(found) == STAGES
+    for stage, compared in found.items():
+        made = manifest(there, stage)["outputs"]
+        assert made == manifest(copied / "second", stage)["outputs"]
+        assert set(made) <= set(compared["outputs"])
+        assert set(compared["outputs"].values()) == {"equal"}
+        assert compared["facts"] == {}
