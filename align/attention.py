@@ -220,6 +220,20 @@ def packed_attention(model: PreTrainedModel) -> Iterator[bool]:
             model.set_attn_implementation(before)
 
 
+@contextmanager
+def attention_set(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Give a model an attention implementation by its name for a while."""
+    before = model.config._attn_implementation
+    if before == name:  # what is set anew is looked at anew, with warnings
+        yield
+        return
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 def why_not_packed(config: PretrainedConfig) -> str | None:
     """Return why a model of this configuration cannot run on packed rows, or None if it can."""
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):

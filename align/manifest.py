@@ -79,7 +79,10 @@ class DataFacts(_Part):
 
 
 class Manifest(_Part):
-    """The content of ``stage.json``."""
+    """The content of ``stage.json``.
+
+    ``files`` are hashes of what else was given from outside the run, by the recipe's keys.
+    """
 
     stage: StageName
     status: Literal["finished"] = "finished"
@@ -96,6 +99,7 @@ class Manifest(_Part):
     eos_ids: tuple[int, ...]
     parents: tuple[ParentFacts, ...]
     data: tuple[DataFacts, ...]
+    files: dict[str, str] = {}
     metrics: dict[str, float]
     outputs: dict[Annotated[str, AfterValidator(_inside)], str]
     wandb_id: str | None

@@ -18,12 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from align.inputs import world_rows
 from align.plan_memory import cache_bytes
 from align.plan_model import Shape, linear_bytes
 from align.plan_setup import Setup, responses_per_ranking, rows_per_pass
 from align.published import Card
 from align.recipe import Recipe, Source, StageName
-from align.stages import planned_stages, world_rows
+from align.stages import planned_stages
 
 # Shares of a card's published figures that passes are assumed to reach. Full training reaches 0.4
 # to 0.64 of the operations on A100 and H100 (MosaicML's llm-foundry); QLoRA of 7B on an A100 at

@@ -24,6 +24,7 @@ from align.recipe_types import (
     PositiveFloat,
     RunName,
     Section,
+    Watched,
     check_divides,
     check_exactly_one,
     refuse,
@@ -215,7 +216,7 @@ class Pretrain(Optimisation):
         return self
 
 
-class Sft(Optimisation):
+class Sft(Watched):
     """Supervised instruction tuning; the loss is taken on the assistant's turns only."""
 
     epochs: PositiveFloat = 1.0
@@ -317,6 +318,12 @@ class Recipe(Section):
         ):
             if getattr(self, stage) and getattr(self.data, data) is None:
                 problems.append((stage, f"needs a section data.{data}"))
+        for stage, section, rows in (
+            ("sft", self.sft, self.data.sft),
+            ("reward", self.reward, self.data.reward),
+        ):
+            if section and section.heldout_every and rows and not rows.heldout:
+                problems.append((f"{stage}.heldout_every", f"needs data.{stage}.heldout"))
         sft = self.sft or self.run.parents.sft
         for stage in ("reward", "ppo"):
             if getattr(self, stage) and not sft:

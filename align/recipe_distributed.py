@@ -69,6 +69,10 @@ class Distributed(Section):
             if self.zero and section.optimizer != "adamw":
                 needed = f"not built with distributed.zero={self.zero}; allowed: adamw"
                 problems.append((f"{stage}.optimizer", needed))
+        for stage, watched in (("sft", recipe.sft), ("reward", recipe.reward)):
+            if watched is not None and watched.heldout_every is not None:
+                needed = "not built in several processes: looks at held-out rows while training"
+                problems.append((f"{stage}.heldout_every", f"{needed}; allowed: null"))
         if recipe.reward is not None and recipe.reward.aux_lm_coef:
             needed = "reads the output embeddings of a model that several processes train"
             problems.append(("reward.aux_lm_coef", f"not built: it {needed}; allowed: 0"))

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from align.recipe_types import NotNegativeFloat, Optimisation, PositiveFloat, refuse
+from align.recipe_types import NotNegativeFloat, PositiveFloat, Watched, refuse
 
 # How much better the better response is, in the words of Llama 2's annotators (Touvron et al. 2023,
 # section 3.1), from the weakest.
@@ -28,7 +28,7 @@ Label = Literal[
 MARGINS = {"small": (0.0, 1 / 3, 2 / 3, 1.0), "large": (0.0, 1.0, 2.0, 3.0)}
 
 
-class Reward(Optimisation):
+class Reward(Watched):
     """The ranking reward model. ``batch_size`` counts prompts, each with all its responses."""
 
     epochs: PositiveFloat = 1.0

@@ -94,3 +94,17 @@ class Optimisation(Section):
         if self.micro_batch_size is not None:
             check_divides("micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
         return self
+
+
+class Watched(Optimisation):
+    """A training that may look at its held-out rows on the way."""
+
+    heldout_every: Positive | None = None  # optimiser steps between two looks; null: none
+    # best: the weights of the look with the lowest loss (sft) or the highest accuracy (reward).
+    keep: Literal["best", "last"] = "last"
+
+    @model_validator(mode="after")
+    def _best_of_looks(self) -> "Watched":
+        if self.keep == "best" and self.heldout_every is None:
+            refuse("keep", "is decided by looks at held-out rows: needs heldout_every")
+        return self

@@ -3,36 +3,30 @@
 No torch here: the launcher asks these questions before it starts anything.
 """
 
-import hashlib
-import json
 from pathlib import Path
 
 import align
-from align.errors import DataError, ParentError
-from align.fingerprints import folder_sha256, module_file
+from align.errors import ParentError
+from align.inputs import (
+    SECTIONS,
+    digest,
+    named_sha256,
+    reward_sources,
+    source_fingerprint,
+    stage_data,
+)
 from align.manifest import (
     Manifest,
     check_same_origin,
     find_manifest,
     read_manifest,
-    sha256_file,
 )
-from align.recipe import WORLD_VERSION, Recipe, Source, StageData, StageName, World
-from align.recipe_ppo import Ppo, RewardSource
+from align.recipe import Recipe, StageName
+from align.recipe_ppo import Ppo
 from align.recipe_types import Section
 
 STAGES: tuple[StageName, ...] = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
-# The recipe sections whose values decide a stage's result; a change in any other redoes nothing.
-# run.threads and distributed move results, too, by the order of sums: that is a matter of the
-# machine, like the processor, and redoes nothing either.
-_SECTIONS: dict[StageName, tuple[str, ...]] = {
-    "pretrain": ("tokenizer", "pretrain"),
-    "sft": ("base", "tokenizer", "adapter", "sft"),
-    "reward": ("base", "tokenizer", "adapter", "reward"),
-    "ppo": ("base", "tokenizer", "adapter", "ppo"),
-    "evaluate": ("base", "evaluate"),
-}
 # Keys in them that do not: of memory and of the log. Models that differ by them differ by rounding,
 # and by the random masks of adapter.dropout.
 _WITHOUT_EFFECT = {
@@ -87,29 +81,6 @@ def parent_stages(recipe: Recipe, stage: StageName) -> tuple[StageName, ...]:
     return wanted
 
 
-def heldout_source(section: Ppo) -> RewardSource | None:
-    """Return ``ppo.heldout_reward`` as a source: what looks like a function is one."""
-    name = section.heldout_reward
-    if name is None:
-        return None
-    is_function = ":" in name and name.rpartition(":")[2].isidentifier()
-    return RewardSource(function=name) if is_function else RewardSource(model=name)
-
-
-def reward_sources(section: Ppo | None, stage: StageName) -> dict[str, RewardSource]:
-    """Return what a stage scores responses with, by its key in the recipe.
-
-    PPO also looks at the held-out reward; the evaluation scores with what PPO maximises.
-    """
-    if section is None or stage not in ("ppo", "evaluate"):
-        return {}
-    sources = {f"ppo.reward.{i}": source for i, source in enumerate(section.reward_sources)}
-    heldout = heldout_source(section)
-    if stage == "ppo" and heldout is not None:
-        sources["ppo.heldout_reward"] = heldout
-    return sources
-
-
 def read_reward_models(recipe: Recipe, stage: StageName) -> dict[str, Manifest]:
     """Read the manifests of the reward models that the recipe names by their stage's folder.
 
@@ -147,72 +118,10 @@ def _is_reward_stage(folder: Path) -> bool:
     return manifest is not None and manifest.stage == "reward"
 
 
-def stage_data(recipe: Recipe, stage: StageName) -> dict[str, StageData]:
-    """Return the data sections that the stage reads, by name."""
-    names = {
-        "pretrain": ("pretrain",),
-        "sft": ("sft",),
-        "reward": ("reward", "sft"),  # sft: the demonstrations that scores are centred on
-        "ppo": ("prompts",),
-        "evaluate": ("prompts", "reward", "sft"),
-    }[stage]
-    if stage == "ppo" and recipe.ppo is not None and recipe.ppo.ptx is not None:
-        names += (recipe.ppo.ptx.source,)
-    sections = {name: getattr(recipe.data, name) for name in names}
-    if stage == "evaluate":
-        benchmark = recipe.data.benchmark.items()
-        sections |= {f"benchmark.{name}": StageData(train=(s,)) for name, s in benchmark}
-    return {name: data for name, data in sections.items() if data is not None}
-
-
-def world_rows(world: World, kind: str, split: str) -> int:
-    """Return how many records of a kind the built-in world has in a split."""
-    if split == "heldout":
-        return world.heldout_rows
-    return {
-        "text": world.text_rows,
-        "demonstrations": world.demonstration_rows,
-        "pairs": world.ranked_prompts,
-        "rankings": world.ranked_prompts,
-        "prompts": world.prompt_rows,
-    }[kind]
-
-
-def source_path(recipe: Recipe, source: Source) -> Path:
-    """Return where a ``path`` source lies."""
-    assert source.path is not None
-    return Path(recipe.data.root) / source.path
-
-
-def source_fingerprint(recipe: Recipe, source: Source) -> dict[str, str]:
-    """Return ``{"id", "sha256"}``: what the source is and the hash of what it holds.
-
-    Raises:
-        DataError: the file is missing, a directory, or empty.
-    """
-    if source.world is not None:
-        facts = {"world": source.world, "split": source.split, "version": WORLD_VERSION}
-        return {
-            "id": f"world:{source.world}/{source.split}",
-            "sha256": _digest(facts | recipe.data.world.model_dump()),
-        }
-    if source.hub is not None:
-        return {"id": f"hub:{source.hub}/{source.split}", "sha256": ""}
-    path = source_path(recipe, source)
-    if path.is_dir():
-        raise DataError(f"{path}: is a directory; name the files in it, one source each")
-    if not path.is_file():
-        root = recipe.data.root
-        raise DataError(f"{path}: no such file; relative paths start at data.root={root}")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty")
-    return {"id": str(source.path), "sha256": sha256_file(path)}
-
-
 def recipe_sha256(recipe: Recipe, stage: StageName) -> str:
     """Hash the part of the recipe that decides this stage's result."""
     part: dict[str, object] = {"seed": recipe.seed}
-    for name in _SECTIONS[stage]:
+    for name in SECTIONS[stage]:
         part[name] = _decisive(getattr(recipe, name))
     if stage == "ppo" and recipe.evaluate is not None and recipe.evaluate.gold is not None:
         part["gold"] = recipe.evaluate.gold  # decides what the probes log
@@ -222,7 +131,7 @@ def recipe_sha256(recipe: Recipe, stage: StageName) -> str:
             part["selected_on"] = recipe.ppo.selected_on  # decides which prompts are answered
     part["limits"] = {key: getattr(recipe.data, key) for key in _LIMITS}
     part["data"] = {name: data.model_dump() for name, data in stage_data(recipe, stage).items()}
-    return _digest(part)
+    return digest(part)
 
 
 def _decisive(section: Section | None) -> dict[str, object] | None:
@@ -265,7 +174,7 @@ def inputs_sha256(
     """
     if reward_models is None:
         reward_models = read_reward_models(recipe, stage)
-    return _digest(
+    return digest(
         {
             "recipe": recipe_sha256(recipe, stage),
             "data": [
@@ -273,53 +182,12 @@ def inputs_sha256(
                 for data in stage_data(recipe, stage).values()
                 for source in (*data.train, *data.heldout)
             ],
-            "files": [sha256_file(path) for path in named_files(recipe, stage)]
-            + [folder_sha256(path) for path in named_folders(recipe, stage)]
+            "files": list(named_sha256(recipe, stage).values())
             + [model.outputs_sha256() for model in reward_models.values()],
             "parents": {name: manifest.outputs_sha256() for name, manifest in parents.items()},
             "code": align.__version__,
         }
     )
-
-
-def named_files(recipe: Recipe, stage: StageName) -> list[Path]:
-    """Return the files besides the data that decide the stage's result.
-
-    Raises:
-        DataError: one is missing, or the base is a folder that is; the message names the key.
-    """
-    base = recipe.base.id
-    if base.startswith((".", "/", "~")) and not Path(base).is_dir():
-        raise DataError(f"base.id={base}: no such folder; a hub id has no . or / in front")
-    names = {"tokenizer.chat_template": recipe.tokenizer.chat_template}
-    sources = reward_sources(recipe.ppo, stage)
-    functions = {key: source.function for key, source in sources.items()}
-    if stage in ("ppo", "evaluate") and recipe.evaluate is not None:
-        functions["evaluate.gold"] = recipe.evaluate.gold
-    if stage == "evaluate" and recipe.evaluate is not None:
-        functions["evaluate.category"] = recipe.evaluate.category
-    for key, function in functions.items():
-        place = (function or "").rpartition(":")[0]
-        names[key] = place if place.endswith(".py") else _module_path(place)
-    files = {key: Path(name) for key, name in names.items() if name}
-    for key, file in files.items():
-        if not file.is_file():
-            raise DataError(f"{key}={file}: no such file")
-    return list(files.values())
-
-
-def _module_path(module: str) -> str | None:
-    file = module_file(module) if module else None
-    return str(file) if file is not None else None
-
-
-def named_folders(recipe: Recipe, stage: StageName) -> list[Path]:
-    """Return the folders with a model or a tokenizer that the stage loads from outside the run."""
-    names = {"base": recipe.base.id, "tokenizer": recipe.tokenizer.id}
-    if recipe.base.id == "pretrain":
-        del names["base"]
-    used = (name for section, name in names.items() if name and section in _SECTIONS[stage])
-    return [Path(name) for name in used if Path(name).is_dir()]
 
 
 def read_parents(recipe: Recipe, stage: StageName) -> dict[StageName, Manifest]:
@@ -379,8 +247,3 @@ def _what_changed(
     if changed:
         return f"its parent {' and '.join(changed)} has changed"
     return "its data or other input files have changed"
-
-
-def _digest(value: object) -> str:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from align.errors import DataError
+from align.inputs import source_fingerprint, stage_data
 from align.manifest import DataFacts
 from align.recipe import Recipe, Source, StageData, StageName
-from align.stages import source_fingerprint, stage_data
 from data.conversations import Dropped, Fault
 from data.records import (
     Demonstration,

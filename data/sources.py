@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import DataError, printable
+from align.inputs import source_path
 from align.recipe import Recipe, Source
-from align.stages import source_path
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
 from align.errors import DataError
+from align.inputs import world_rows
 from align.recipe import World
-from align.stages import world_rows
 from data import annotator, judge, lexicon
 from data.lexicon import Fact, Format, Relation, Split
 from data.records import Demonstration, Message, Prompt, Ranking, Record, Text

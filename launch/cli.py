@@ -25,7 +25,7 @@ from launch.packages import check_packages
 from launch.processes import Stopped, catch_signals
 from launch.recipes import Json, recipes
 from launch.tables import by_model, print_json, print_table, readable
-from launch.verify import verify_run
+from launch.verify import print_check, verify_run
 
 app = typer.Typer(
     name="align",
@@ -244,17 +244,16 @@ def verify(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
     folder = Path(run)
     if not folder.is_dir():
         folder = experiments.open_run(run, (), _settings(as_json, debug)).directory
-    checks = verify_run(folder)
-    wrong = any(check.problems for check in checks.values())
+    checks, beside = verify_run(folder)
+    wrong = any(check.problems for check in (*checks.values(), beside))
     if as_json:
         stages = {stage: vars(check) for stage, check in checks.items()}
-        print_json({"run": str(folder), "ok": not wrong, "stages": stages})
+        facts = {"run": str(folder), "ok": not wrong, "stages": stages, "beside": vars(beside)}
+        print_json(facts)
     else:
         for stage, check in checks.items():
-            files = f" ({check.files} files)" if check.files else ""
-            print(f"{stage}: {check.state}{files}")
-            for problem in check.problems:
-                print(f"  {stage}/{problem}")
+            print_check(stage, check, f"{stage}/")
+        print_check("beside the stages", beside, "")
     raise typer.Exit(1 if wrong else 0)
 
 

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from align.checkpoints import remove_checkpoints
 from align.errors import AlignError, InputError
+from align.inputs import named_files, source_fingerprint, stage_data
 from align.lock import locked
 from align.manifest import FILE as MANIFEST
 from align.manifest import check_replaceable, read_manifest
@@ -21,14 +22,11 @@ from align.recipe_io import find_recipe, load_recipe, shipped_recipes
 from align.stages import (
     STAGES,
     group_size,
-    named_files,
     parent_stages,
     planned_stages,
     read_parents,
     read_reward_models,
     run_directory,
-    source_fingerprint,
-    stage_data,
     stage_directory,
     why_not_done,
 )
@@ -43,10 +41,12 @@ from launch.command import (
     stage_command,
 )
 from launch.packages import ROOT
+from launch.sums import add_sums, drop_sums, read_sums
 
 RECIPE = "recipe.yaml"
 REPORT = "report.html"
 EXPORT = "export.json"
+_TRACKING = "wandb"
 
 
 class ChildError(AlignError):
@@ -213,16 +213,20 @@ def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
             if why is None:
                 # Of a process that was killed at its very end.
                 remove_checkpoints(stage_directory(experiment.recipe, stage))
+                if f"{stage}/{MANIFEST}" not in read_sums(experiment.directory):
+                    _add_sums(experiment.directory, stage)
                 settings.say(f"{stage}: up to date")
             else:
                 if not experiment.ran:
                     _check_inputs(experiment, stages[number:])
                     held = until_the_end.enter_context(locked(experiment.directory))
+                drop_sums(experiment.directory, [stage, RECIPE])
                 settings.say(f"{stage}: running ({why})")
                 started = time.monotonic()
                 command = experiment.command(stage)
                 command = replace(command, env=command.env | held)
                 _start(command, sys.stderr if settings.json else None)
+                _add_sums(experiment.directory, stage)
                 seconds = time.monotonic() - started
                 settings.say(f"{stage}: done in {seconds:.1f} s")
             manifest = read_manifest(stage_directory(experiment.recipe, stage), stage)
@@ -234,6 +238,12 @@ def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
             }
 
 
+def _add_sums(run: Path, stage: StageName) -> None:
+    """Write down the hashes of what a stage has left besides its outputs."""
+    add_sums(run, [stage, RECIPE])
+    add_sums(run, [_TRACKING], only_new=True)
+
+
 def write_report(experiment: Experiment) -> Path:
     """Write the run's report and return where it lies.
 
@@ -243,6 +253,7 @@ def write_report(experiment: Experiment) -> Path:
     # It prints the path, which is for the caller to say.
     command = report_command(_python(), experiment.directory, debug=experiment.settings.debug)
     _start(command, subprocess.DEVNULL)
+    add_sums(experiment.directory, [REPORT])
     return experiment.directory / REPORT
 
 
@@ -281,6 +292,9 @@ def export(
         debug=settings.debug,
     )
     _start(command, sys.stderr if settings.json else None)
+    if folder.resolve().is_relative_to(experiment.directory.resolve()):
+        name = folder.resolve().relative_to(experiment.directory.resolve()).as_posix()
+        add_sums(experiment.directory, [name])
     facts: dict[str, Any] = json.loads((folder / EXPORT).read_text(encoding="utf-8"))
     return folder, facts
 

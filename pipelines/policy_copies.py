@@ -12,42 +12,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from align.recipe_ppo import Ppo
 from align.roles import Roles
 from align.state import State
+from pipelines.best_copy import BestCopy
 from pipelines.probe import Probe
 from pipelines.shaping import Outcome, ScoreScaler, worth
-
-
-class BestPolicy:
-    """Keeps the parameters as they were when the probe's value was highest, in main memory."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = list(parameters)
-        self._kept: list[Tensor] = []
-        self.step: int | None = None  # when the kept copy was taken
-        self.value = -float("inf")
-
-    def offer(self, step: int, value: float) -> bool:
-        """Keep the parameters as they stand if ``value`` is above all before; return if so."""
-        if not value > self.value:
-            return False
-        self.step, self.value = step, value
-        self._kept = [p.detach().to("cpu", copy=True) for p in self._parameters]
-        return True
-
-    def state(self) -> State:
-        """Return the kept copy, and what is known of it."""
-        return {"step": self.step, "value": self.value, "kept": self._kept}
-
-    def load(self, state: State) -> None:
-        """Go on from what ``state`` has returned."""
-        self.step, self.value, self._kept = state["step"], state["value"], state["kept"]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the kept values back into the parameters; before the first offer, change nothing."""
-        if self.step is None:
-            return
-        for parameter, kept in zip(self._parameters, self._kept, strict=True):
-            parameter.copy_(kept)
 
 
 class PolicyEma:
@@ -105,7 +72,7 @@ class KeptPolicy:
     def __init__(self, section: Ppo, roles: Roles, probe: Probe, scaler: ScoreScaler) -> None:
         self._section, self._probe, self._scaler = section, probe, scaler
         policy, value = roles.role_parameters("policy"), roles.role_parameters("value")
-        self._best = BestPolicy(policy + value) if section.keep == "best" else None
+        self._best = BestCopy(policy + value) if section.keep == "best" else None
         self._best_seen: Outcome | None = None
         self._best_metrics: dict[str, float] = {}
         self._ema = PolicyEma(policy, section.ema) if section.ema is not None else None

@@ -57,6 +57,7 @@ def write_record(job: "StageJob", result: "StageResult", started: str) -> None:
         eos_ids=tuple(end_ids(result.tokenizer)),
         parents=_parent_facts(job),
         data=_data_facts(job),
+        files=job.files,
         metrics=result.metrics,
         outputs=manifests.sha256_outputs(job.directory, result.outputs),
         wandb_id=job.tracker.id if job.tracker is not None else None,

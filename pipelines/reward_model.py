@@ -30,10 +30,11 @@ from align.seeds import derive_seed
 from data.order import SortedBatches
 from data.records import Demonstration, Ranking, Record, as_demonstration
 from data.render import Renderer, render_all
+from pipelines.best_copy import HeldoutLooks
 from pipelines.memory_check import check_memory
 from pipelines.ranked_tokens import Batch, RankedTokens, collate, ranked_tokens
 from pipelines.reward_loss import check_columns, margin_of, output_head, reward_loss
-from pipelines.reward_report import measure
+from pipelines.reward_report import accuracy, measure
 from pipelines.shared_training import alone_again, share_batches
 from pipelines.stage import StageJob, StageResult
 from pipelines.trainer_checkpoints import train_to_end
@@ -76,7 +77,8 @@ def run(job: StageJob) -> StageResult | None:
     trainer = _trainer(job, model, tokens, lm_head)
     if not recipe.distributed.zero:
         _try_longest(recipe, section, model, tokens, lm_head)
-    train_to_end(trainer, job)
+    looks = _looks(job, section, model, tokens)
+    train_to_end(trainer, job, looks)
     if recipe.distributed.together:
         whole = alone_again(trainer, model, lambda: _new_model(recipe, location, sft)[1])
         if whole is None:
@@ -90,7 +92,7 @@ def run(job: StageJob) -> StageResult | None:
     model.save(folder, location, facts.revision)
     tokenizer.save_pretrained(folder)
 
-    batch_size = 2 * (section.micro_batch_size or section.batch_size)
+    batch_size = _scoring_batch(section)
     score = _scorer(model, batch_size, tokens.pad_id)
     if tokens.demonstrations:
         calibration = center_on(score(tokens.demonstrations))
@@ -105,13 +107,14 @@ def run(job: StageJob) -> StageResult | None:
         note=job.log.note,
     )
     job.log.log(steps, metrics)
+    metrics |= looks.kept
     for warning in warnings(metrics):
         job.log.note(f"reward  warning: PPO could exploit this: {warning}")
 
     probe = (tokens.demonstrations or tokens.train[0].rows())[:PROBE_ROWS]
     expected = score(probe)
     # The live model goes first: two of them need not fit into memory.
-    del model, score, trainer, lm_head
+    del model, score, trainer, lm_head, looks
     gc.collect()
     check_reload(recipe, location, folder, probe, expected, tokens.pad_id, batch_size=batch_size)
     return StageResult(metrics, ("model",), tokenizer, facts)
@@ -320,6 +323,23 @@ def _try_longest(
     rows = sum(len(ranking.responses) for ranking in longest)
     what = f"{rows} responses of up to {max(row.width for row in longest)} tokens"
     check_memory(recipe, "reward", list(model.parameters()), step, what)
+
+
+def _looks(job: StageJob, section: Reward, model: RewardModel, tokens: Tokenized) -> HeldoutLooks:
+    """Return the looks at the accuracy on held-out pairs."""
+    score = _scorer(model, _scoring_batch(section), tokens.pad_id)
+
+    def measure() -> float:
+        model.eval()
+        return accuracy(score, tokens.heldout)
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return HeldoutLooks(section, job.log, parameters, "accuracy", measure)
+
+
+def _scoring_batch(section: Reward) -> int:
+    """Return how many responses are scored at a time."""
+    return 2 * (section.micro_batch_size or section.batch_size)
 
 
 def _scorer(model: RewardModel, batch_size: int, pad_id: int) -> Callable[[Sequence[Row]], Tensor]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from align.errors import InputError
 from pipelines.ranked_tokens import RankedTokens
 from reward.analysis import (
     PROBES,
@@ -70,6 +71,19 @@ def measure(
     metrics |= length_metrics(differences, lengths[better], lengths[worse], owners)
     metrics |= _bag_of_words(train, heldout, owners, note)
     return metrics | _probe_wins(score, heldout, scores, max_response_tokens)
+
+
+def accuracy(score: Score, rankings: Sequence[RankedTokens]) -> float:
+    """Return the share of the rankings' pairs that a reward model orders as they do.
+
+    Raises:
+        InputError: they hold ties only.
+    """
+    scores, groups, targets, _ = _flat(score, rankings)
+    outcomes, _ = pair_outcomes(scores, groups, targets)
+    if not len(outcomes):
+        raise InputError("data.reward.heldout: holds ties only; reward.heldout_every needs pairs")
+    return outcomes.double().mean().item()
 
 
 def _flat(score: Score, rankings: Sequence[RankedTokens]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from align.functions import Chat, call_score_function, load_function
+from align.inputs import heldout_source, reward_sources
 from align.manifest import Manifest
 from align.recipe_ppo import Ppo, RewardSource
 from align.sequences import Sequences
-from align.stages import heldout_source, reward_sources
 from data.records import Prompt
 from data.render import render_all
 from pipelines.foreign_reward import load_foreign_rewards

@@ -24,7 +24,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from align.adapter_methods import adapter_config, check_trained, say_share, trained_share
 from align.adapters import save_trained
-from align.attention import Layout, packed_attention
+from align.attention import Layout, attention_set, packed_attention
 from align.errors import InputError, TrainingError
 from align.generation import generate
 from align.models import (
@@ -43,6 +43,7 @@ from data.collate import collate_demonstrations
 from data.records import Demonstration, Ranking, Record, Text, as_demonstration, as_prompt
 from data.render import IGNORED, Renderer, Tokens, render_all
 from data.tokenizer import prepare_tokenizer
+from pipelines.best_copy import HeldoutLooks
 from pipelines.heldout import heldout_loss, perplexity
 from pipelines.memory_check import check_memory
 from pipelines.shared_training import alone_again, share_batches
@@ -78,12 +79,13 @@ def run(job: StageJob) -> StageResult | None:
     base_parameters = base_model.num_parameters()
     model = add_adapter(base_model, recipe)
     trainer = make_trainer(job, section, model, tokenizer, train)
+    looks = _looks(job, section, base_model, model, heldout, tokenizer)
     with separate_rows(trainer, base_model, section):
         if not recipe.distributed.zero:
             try_longest(recipe, section, trainer)
         share = trained_share(model, base_parameters)
         job.log.note(f"sft  {say_share(recipe.adapter.method, share)}")
-        callback = train_to_end(trainer, job)
+        callback = train_to_end(trainer, job, looks)
     if recipe.distributed.together:
         whole = alone_again(trainer, model, partial(_new_model, recipe, location))
         if whole is None:
@@ -96,10 +98,9 @@ def run(job: StageJob) -> StageResult | None:
     save_trained(model, folder, base=location, revision=base.revision)
     tokenizer.save_pretrained(folder)
 
-    metrics = callback.last | share
+    metrics = callback.last | share | looks.kept
     if heldout:
-        batch_size = section.micro_batch_size or section.batch_size
-        loss = heldout_loss(cast(PreTrainedModel, model), heldout, pad_id(tokenizer), batch_size)
+        loss = _heldout_loss(model, section, heldout, tokenizer)
         metrics = metrics | {"loss": loss, "perplexity": perplexity(loss)}
     metrics = metrics | _sample(job, model, renderer, trainer.state.global_step)
     final: dict[str, float] = {
@@ -109,10 +110,36 @@ def run(job: StageJob) -> StageResult | None:
     probe = (heldout or train)[:_PROBE_ROWS]
     expected = probe_logits(model, probe)
     # The live model goes first: two of them need not fit into memory.
-    del model, base_model, trainer
+    del model, base_model, trainer, looks
     gc.collect()
     check_reload(recipe, location, folder, probe, expected)
     return StageResult(metrics, ("model",), tokenizer, base)
+
+
+def _heldout_loss(
+    model: Trained, section: Sft, rows: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase
+) -> float:
+    batch_size = section.micro_batch_size or section.batch_size
+    return heldout_loss(cast(PreTrainedModel, model), rows, pad_id(tokenizer), batch_size)
+
+
+def _looks(
+    job: StageJob,
+    section: Sft,
+    base: PreTrainedModel,
+    model: Trained,
+    heldout: Sequence[Tokens],
+    tokenizer: PreTrainedTokenizerBase,
+) -> HeldoutLooks:
+    """Return the looks at the held-out loss, in the attention that ``base`` has now."""
+    attention = base.config._attn_implementation
+
+    def measure() -> float:
+        with attention_set(base, attention):  # that of packs knows no other batches
+            return _heldout_loss(model, section, heldout, tokenizer)
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return HeldoutLooks(section, job.log, parameters, "loss", measure)
 
 
 def _new_model(recipe: Recipe, location: str) -> Trained:

@@ -29,6 +29,7 @@ from align import group, stages
 from align import manifest as manifests
 from align.checkpoints import Checkpoint, continue_folder, remove_checkpoints
 from align.errors import AlignError, DataError, InputError, ParentError, stopped_by
+from align.inputs import named_sha256
 from align.lock import locked
 from align.manifest import BaseFacts, Manifest
 from align.metrics import MetricsLog, format_values
@@ -93,6 +94,7 @@ class StageJob:
     console: Console
     reward_models: dict[str, Manifest] = field(default_factory=dict)
     inputs_sha256: str = ""
+    files: dict[str, str] = field(default_factory=dict)  # hashes of other inputs, by key
     force: bool = False  # start from nothing, whatever checkpoints there are
     signals: Signals = field(default_factory=Signals)
     tracker: RunTracker | None = None
@@ -319,6 +321,7 @@ def _prepare(options: argparse.Namespace, console: Console, signals: Signals) ->
         reward_models,
         # Now, before the parents can change under a long run.
         inputs_sha256=stages.inputs_sha256(recipe, stage, parents, reward_models),
+        files=named_sha256(recipe, stage),
         force=options.force,
         signals=signals,
     )

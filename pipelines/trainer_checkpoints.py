@@ -25,6 +25,7 @@ from align.state import (
     save_state,
     set_generators_state,
 )
+from pipelines.best_copy import HeldoutLooks
 from pipelines.checkpointing import Checkpoints
 from pipelines.shared_training import (
     is_shared_out,
@@ -40,27 +41,35 @@ from pipelines.trainer_log import TrainerLog, connect
 _SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
 
 
-def train_to_end(trainer: Trainer, job: StageJob) -> TrainerLog:
-    """Train, from the stage's checkpoint if it has one; log and secure on the way."""
+def train_to_end(trainer: Trainer, job: StageJob, looks: HeldoutLooks | None = None) -> TrainerLog:
+    """Train, from the stage's checkpoint if it has one; log, look and secure on the way."""
     log = connect(trainer, job.log)
-    trainer.add_callback(_Secured(trainer, job.checkpoints))
+    if looks is not None:
+        trainer.add_callback(looks)
+    trainer.add_callback(_Secured(trainer, job.checkpoints, looks))
     found = job.checkpoints.found
     with job.signals.held():
         trainer.train(resume_from_checkpoint=str(found.path) if found is not None else None)
+    if looks is not None:
+        looks.settle()
     return log
 
 
 class _Secured(TrainerCallback):
     """Has a trainer save at the boundaries that ``Checkpoints`` chooses, and go on from there."""
 
-    def __init__(self, trainer: Trainer, checkpoints: Checkpoints) -> None:
-        self._trainer, self._checkpoints = trainer, checkpoints
+    def __init__(
+        self, trainer: Trainer, checkpoints: Checkpoints, looks: HeldoutLooks | None
+    ) -> None:
+        self._trainer, self._checkpoints, self._looks = trainer, checkpoints, looks
         self._own: State = {}
         if checkpoints.found is not None:
             # Before the trainer takes the model in hand, which may share its parameters out.
             assert trainer.model is not None
             saved = load_state(checkpoints.found.path)
             copy_into(trained_parameters(trainer.model), saved.pop("parameters"))
+            if looks is not None:
+                looks.load(saved.pop("looks"))
             self._common, self._own = saved, load_state(checkpoints.found.path, own_state_name())
         self._prepare: Callable[..., Any] = trainer._prepare_for_training
         replaced: dict[str, Callable[..., Any]] = {
@@ -110,6 +119,7 @@ class _Secured(TrainerCallback):
             "parameters": whole_parameters(trainer),
             "optimizer": None if shared_out else trainer.optimizer.state_dict(),
             "scheduler": trainer.lr_scheduler.state_dict(),
+            "looks": self._looks.state() if self._looks is not None else None,
         }
         if group.is_first():
             save_state(folder, common)

@@ -12,8 +12,9 @@ STAGE = """
 import json, os, sys, time
 from pathlib import Path
 import align
-from align import stages
-from align.manifest import BaseFacts, Manifest, ParentFacts, sha256_outputs, write_manifest
+from align import inputs, stages
+from align.manifest import BaseFacts, DataFacts, Manifest, ParentFacts
+from align.manifest import sha256_outputs, write_manifest
 from align.recipe_io import dump_recipe, load_recipe
 from pipelines.process import Stopped, signals_as_exceptions
 
@@ -38,7 +39,10 @@ weights = stages.recipe_sha256(recipe, stage) + os.environ.get("OTHER", "")
 (folder / "model" / "w").write_text(weights)
 line = {"step": 1, "loss": 2.0, "time/update": time.time()}
 (folder / "metrics.jsonl").write_text(json.dumps(line))
-(folder.parent / "recipe.yaml").write_text(dump_recipe(recipe))
+for place in (folder, folder.parent):
+    (place / "recipe.yaml").write_text(dump_recipe(recipe))
+sources = [s for d in inputs.stage_data(recipe, stage).values() for s in (*d.train, *d.heldout)]
+prints = [inputs.source_fingerprint(recipe, source) for source in sources]
 parents = stages.read_parents(recipe, stage)
 metrics = {"loss": float("nan"), "tokens_per_second": time.time()}
 if stage == "evaluate":
@@ -52,7 +56,9 @@ write_manifest(folder, Manifest(
     tokenizer_sha256="t", template_sha256="t", pad_id=0, eos_ids=(1,),
     parents=tuple(ParentFacts(stage=name, path=f"../{name}", sha256=p.outputs_sha256())
                   for name, p in parents.items()),
-    data=(), metrics=metrics, outputs=sha256_outputs(folder, ("model",)),
+    data=tuple(DataFacts(rows=1, kept=1, dropped={}, **print) for print in prints),
+    files=inputs.named_sha256(recipe, stage), metrics=metrics,
+    outputs=sha256_outputs(folder, ("model",)),
     wandb_id=None, started="", finished=""))
 """
 

@@ -83,7 +83,7 @@ def test_ppo_finishes_without_held_out_prompts(home: Path) -> None:
     assert run("ppo", heldout="[]") == 0
     outputs = json.loads(Path("runs/x/ppo/stage.json").read_text())["outputs"]
     assert {name.partition("/")[0] for name in outputs} == {"policy", "value"}
-    assert verify_run(Path("runs/x"))["ppo"].state == "ok"
+    assert verify_run(Path("runs/x"))[0]["ppo"].state == "ok"
 
 
 def test_ppo_does_not_probe_with_prompts_that_cannot_be_tokenised(home: Path) -> None:

@@ -124,9 +124,9 @@ def test_manifests_and_verify_know_the_reward_models_of_other_runs(home: Path) -
     ]
     copy = home.with_name(f"{home.name}-copy")
     shutil.copytree(home, copy)
-    assert verify_run(copy / "runs/x")["ppo"].state == "ok"
+    assert verify_run(copy / "runs/x")[0]["ppo"].state == "ok"
     edit_manifest(copy / "runs/far/reward", outputs={})
-    check = verify_run(copy / "runs/x")["ppo"]
+    check = verify_run(copy / "runs/x")[0]["ppo"]
     assert check.state == "differs"
     assert [p for p in check.problems if "../../far/reward" in p] == check.problems
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.flips import check_flips
+
 REPOSITORY = Path(__file__).parents[2]
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 RECIPE = "miniature/smoke"
@@ -217,3 +219,17 @@ def test_two_runs_of_a_recipe_are_equal_file_by_file(copied: Path, run: Path) ->
         assert set(made) <= set(compared["outputs"])
         assert set(compared["outputs"].values()) == {"equal"}
         assert compared["facts"] == {}
+
+
+@pytest.mark.slow
+def test_200_of_200_changed_bytes_are_found(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run whose PPO was tracked offline: W&B's files are in it, too."""
+    shutil.copytree(run.parents[1] / "runs", tmp_path / "runs")
+    there = tmp_path / "runs" / run.name
+    settings = ("run.threads=1", "tracking.mode=offline")
+    align("run", RECIPE, *settings, "ppo.kl.coef=0.1", cwd=tmp_path)
+    assert list(there.glob("wandb/offline-run-*/*.wandb"))
+    monkeypatch.chdir(tmp_path)
+    assert check_flips(there, 200, monkeypatch) == 200

@@ -433,10 +433,11 @@ def test_verify_names_what_differs(place: Path) -> None:
     output, _ = align(place, "verify", "runs/x")
     assert output.splitlines() == [
         "pretrain: not made",
-        "sft: ok (1 files)",
+        "sft: ok (4 files)",
         "reward: not made",
-        "ppo: ok (1 files)",
-        "evaluate: ok (1 files)",
+        "ppo: ok (4 files)",
+        "evaluate: ok (4 files)",
+        "beside the stages: ok (2 files)",
     ]
     (run / "ppo" / "model" / "w").write_text("tampered")
     (run / "sft" / "model" / "extra").touch()

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from align.recipe_ppo import Ppo
-from pipelines.policy_copies import BestPolicy, KeptPolicy, PolicyEma
+from pipelines.best_copy import BestCopy
+from pipelines.policy_copies import KeptPolicy, PolicyEma
 from pipelines.shaping import Outcome, ScoreScaler
 
 
@@ -29,7 +30,7 @@ def read(params):
 
 def test_the_best_policy_comes_back_whatever_came_after():
     params = parameters(0, 0)
-    best = BestPolicy(params)
+    best = BestCopy(params)
     looks = [(1, 0.5), (2, 2.0), (3, 2.0), (4, math.nan), (5, 1.0)]
     kept = []
     for step, value in looks:
@@ -44,7 +45,7 @@ def test_the_best_policy_comes_back_whatever_came_after():
 def test_the_best_policy_keeps_values_and_not_the_parameters_themselves():
     params = parameters(1)
     params[0].requires_grad_()
-    best = BestPolicy(params)
+    best = BestCopy(params)
     best.offer(0, -3.0)
     params[0].data.add_(1)
     handle = params[0]
@@ -59,7 +60,7 @@ def test_the_best_policy_keeps_values_and_not_the_parameters_themselves():
 
 def test_without_a_look_the_policy_stays_as_it_is():
     params = parameters(4)
-    best = BestPolicy(params)
+    best = BestCopy(params)
     best.restore()
     assert read(params) == [4.0]
     assert best.step is None

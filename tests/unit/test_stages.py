@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import align
-from align import fingerprints, stages
+from align import fingerprints, inputs, stages
 from align.errors import DataError, ParentError, TrainingError
 from align.fingerprints import module_file
 from align.manifest import BaseFacts, Manifest, ParentFacts, sha256_outputs, write_manifest
@@ -169,8 +169,8 @@ def test_a_change_makes_those_stages_stale_that_read_it(
 @pytest.mark.parametrize("source", ["sft", "pretrain"])
 def test_ppo_reads_what_it_mixes_in(done: Path, source: str) -> None:
     mixing = recipe(done, ppo__ptx={"coef": 1.0, "source": source})
-    assert set(stages.stage_data(recipe(done), "ppo")) == {"prompts"}
-    assert set(stages.stage_data(mixing, "ppo")) == {"prompts", source}
+    assert set(inputs.stage_data(recipe(done), "ppo")) == {"prompts"}
+    assert set(inputs.stage_data(mixing, "ppo")) == {"prompts", source}
     with pytest.raises(ValueError, match=rf"ppo\.ptx\.source: needs a section data\.{source}"):
         recipe(
             done,
@@ -260,8 +260,8 @@ def test_a_category_file_is_no_input_of_ppo(done: Path) -> None:
     file = done / "category.py"
     file.write_text("def f(prompts): ...")
     judged = recipe(done, evaluate__category=f"{file}:f")
-    assert stages.named_files(judged, "ppo") == []
-    assert stages.named_files(judged, "evaluate") == [file]
+    assert inputs.named_files(judged, "ppo") == {}
+    assert inputs.named_files(judged, "evaluate") == {"evaluate.category": file}
 
 
 @pytest.mark.parametrize("key", ["base", "tokenizer"])
@@ -331,14 +331,14 @@ def test_data_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert finished.data.pretrain is not None
     (source,) = finished.data.pretrain.train
     with pytest.raises(DataError, match=r"text\.txt: no such file"):
-        stages.source_fingerprint(finished, source)
+        inputs.source_fingerprint(finished, source)
     (tmp_path / "text.txt").touch()
     with pytest.raises(DataError, match="is empty"):
-        stages.source_fingerprint(finished, source)
+        inputs.source_fingerprint(finished, source)
     (tmp_path / "text.txt").unlink()
     (tmp_path / "text.txt").mkdir()
     with pytest.raises(DataError, match="is a directory"):
-        stages.source_fingerprint(finished, source)
+        inputs.source_fingerprint(finished, source)
 
 
 def test_reading_parents_names_the_one_that_is_missing(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_a_base_that_can_only_be_a_folder_has_to_be_one(tmp_path: Path, base: st
     changed = recipe(tmp_path)
     changed = changed.model_copy(update={"base": changed.base.model_copy(update={"id": base})})
     with pytest.raises(DataError, match=f"base.id={base}: no such folder"):
-        stages.named_files(changed, "sft")
+        inputs.named_files(changed, "sft")
 
 
 @pytest.mark.parametrize(
