@@ -44,7 +44,7 @@ for place in (folder, folder.parent):
 sources = [s for d in inputs.stage_data(recipe, stage).values() for s in (*d.train, *d.heldout)]
 prints = [inputs.source_fingerprint(recipe, source) for source in sources]
 parents = stages.read_parents(recipe, stage)
-metrics = {"loss": float("nan"), "tokens_per_second": time.time()}
+metrics = {"loss": float("nan")}
 if stage == "evaluate":
     metrics = {"base/perplexity": 3.0, "ppo/gold/mean": 0.5, "ppo/kl/mean": 1.5}
 write_manifest(folder, Manifest(

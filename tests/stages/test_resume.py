@@ -97,7 +97,8 @@ def test_kills_at_any_moment(again: Server, whole: dict, stage: str) -> None:
             assert done.code == -signal.SIGKILL, done.output
             kills += 1
         assert facts(again.folder(stage)) == expected, f"round {rounds}, after {kills} kills"
-    print(f"{stage}: {kills} kills in {rounds} rounds, went on {went_on} times")
+    # For a table, with pytest -s: stage, kills, how often it finished and was bit for bit the same.
+    print(f"\n| {stage} | {kills} | {rounds} of {rounds} bit-identical |")
     assert went_on > 0
 
 
