@@ -28,8 +28,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def trained(server: Server, stage: str, *settings: str) -> tuple[dict[str, torch.Tensor], list]:
-    """Return the weights of a stage, and its log without the clock."""
-    words = (*TWO_STEPS[stage], f"{stage}.lr=2e-4", "adapter.dropout=0.0", *settings)
+    """Return the weights of a stage, and its log of steps without the clock."""
+    # Adam divides a gradient by its size: of one that is nearly 0 the rounding counts, up to 1 % of
+    # the learning rate.
+    words = (*TWO_STEPS[stage], f"{stage}.lr=1e-4", "adapter.dropout=0.0", *settings)
     done = server.run(stage, *words, f"{stage}.log_every=1", "--force")
     assert done.code == 0, done.output
     weights = {
@@ -37,7 +39,8 @@ def trained(server: Server, stage: str, *settings: str) -> tuple[dict[str, torch
         for path in server.folder(stage).rglob("*.safetensors")
         for name, tensor in load_file(path).items()
     }
-    return weights, facts(server.folder(stage))["metrics.jsonl"]
+    log = facts(server.folder(stage))["metrics.jsonl"]
+    return weights, [line for line in log if "grad_norm" in line]
 
 
 # In this order: a stage is made again after those that start from it.
@@ -63,6 +66,7 @@ def test_eight_passes_of_one_are_one_pass_of_eight(
     assert whole.keys() == parts.keys()
     worst = max(float((whole[name] - parts[name]).abs().max()) for name in whole)
     assert worst <= 1e-6
-    assert sum(line.get("grad_norm", 0.0) > 0.0 for line in log) == (1 if stage == "ppo" else 2)
+    assert len(log) == len(other_log) == (1 if stage == "ppo" else 2)
+    assert all(line["grad_norm"] > 0 for line in log)
     for line, other in zip(log, other_log, strict=True):
         assert other == pytest.approx(line, rel=1e-4, abs=1e-6)
