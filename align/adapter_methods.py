@@ -6,6 +6,7 @@ loads.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -31,39 +32,39 @@ _OWN = {"lora": ".lora_", "bottleneck": ".bottleneck_", "prefix": "prompt_encode
 
 
 def adapter_config(
-    adapter: Adapter, task_type: Task, model: PreTrainedModel, head: str = HEAD
+    adapter: Adapter, task_type: Task, model: PreTrainedModel, heads: Sequence[str] = (HEAD,)
 ) -> PeftConfig | None:
     """Return the PEFT configuration of a recipe's adapter on ``model``, None for ``full``.
 
     Args:
         task_type: SEQ_CLS also trains and saves the head of the model.
         model: the model without adapters.
-        head: the name of that head.
+        heads: the names of the modules that make up that head.
 
     Raises:
         InputError: the model has nothing that the method trains, or not so much of it.
     """
-    heads = [head] if task_type == "SEQ_CLS" else []
+    saved = [*heads] if task_type == "SEQ_CLS" else []
     match adapter.method:
         case "full":
             return None
         case "lora":
-            return lora_config(adapter, task_type, model, head)
+            return lora_config(adapter, task_type, model, heads)
         case "bottleneck":
             return BottleneckConfig(
                 size=adapter.bottleneck_size,
                 target_modules=_sublayers(adapter, model),
-                modules_to_save=heads or None,
+                modules_to_save=saved or None,
                 task_type=task_type,
             )
         case "prefix":
             return PrefixTuningConfig(
                 num_virtual_tokens=adapter.prefix_tokens,
-                modules_to_save=heads or None,
+                modules_to_save=saved or None,
                 task_type=task_type,
             )
     modules: list[str] = []
-    if adapter.method == "head_only" and not heads:
+    if adapter.method == "head_only" and not saved:
         modules = [_output_embeddings(model)]
     elif adapter.method == "top_layers":
         modules = _top_modules(model, adapter.top_layers or 0)
@@ -74,14 +75,14 @@ def adapter_config(
         )
     return LoraConfig(
         target_modules=DUMMY_TARGET_MODULES,
-        modules_to_save=[*modules, *heads] or None,
+        modules_to_save=[*modules, *saved] or None,
         task_type=task_type,
         bias="all" if adapter.method == "bitfit" else "none",
     )
 
 
 def lora_config(
-    adapter: Adapter, task_type: Task, model: nn.Module, head: str = HEAD
+    adapter: Adapter, task_type: Task, model: nn.Module, heads: Sequence[str] = (HEAD,)
 ) -> LoraConfig:
     """Return the PEFT configuration for a recipe's LoRA on ``model``.
 
@@ -89,7 +90,7 @@ def lora_config(
         task_type: SEQ_CLS also trains and saves the head of the model.
         model: the model without adapters; ``all-linear`` is spelled out from its layers, because
             PEFT would reach into heads with it.
-        head: the name of that head.
+        heads: the names of the modules that make up that head.
 
     Raises:
         InputError: a target name is not a linear layer of the model.
@@ -112,7 +113,7 @@ def lora_config(
         lora_dropout=adapter.dropout,
         target_modules=targets,
         layers_to_transform=_adapted_layers(adapter, model),
-        modules_to_save=[head] if task_type == "SEQ_CLS" else None,
+        modules_to_save=[*heads] if task_type == "SEQ_CLS" else None,
         task_type=task_type,
         bias="none",
         use_rslora=adapter.rslora,

@@ -12,6 +12,7 @@ from align.fingerprints import folder_sha256, module_file
 from align.manifest import sha256_file
 from align.recipe import WORLD_VERSION, Recipe, Source, StageData, StageName, World
 from align.recipe_ppo import Ppo, RewardSource
+from align.recipe_reward import RewardBase
 
 # The recipe sections whose values decide a stage's result; a change in any other redoes nothing.
 # run.threads and distributed move results, too, by the order of sums: that is a matter of the
@@ -23,6 +24,11 @@ SECTIONS: dict[StageName, tuple[str, ...]] = {
     "ppo": ("base", "tokenizer", "adapter", "ppo"),
     "evaluate": ("base", "evaluate"),
 }
+
+
+def own_base(recipe: Recipe, stage: StageName) -> RewardBase | None:
+    """Return the base that is a stage's alone: the encoder that a reward model starts from."""
+    return recipe.reward.base if stage == "reward" and recipe.reward is not None else None
 
 
 def heldout_source(section: Ppo) -> RewardSource | None:
@@ -116,9 +122,10 @@ def named_files(recipe: Recipe, stage: StageName) -> dict[str, Path]:
     Raises:
         DataError: one is missing, or the base is a folder that is; the message names the key.
     """
-    base = recipe.base.id
-    if base.startswith((".", "/", "~")) and not Path(base).is_dir():
-        raise DataError(f"base.id={base}: no such folder; a hub id has no . or / in front")
+    own = own_base(recipe, stage)
+    for key, base in (("base.id", recipe.base.id), ("reward.base.id", own.id if own else "")):
+        if base.startswith((".", "/", "~")) and not Path(base).is_dir():
+            raise DataError(f"{key}={base}: no such folder; a hub id has no . or / in front")
     names = {"tokenizer.chat_template": recipe.tokenizer.chat_template}
     sources = reward_sources(recipe.ppo, stage)
     functions = {key: source.function for key, source in sources.items()}
@@ -145,11 +152,13 @@ def named_folders(recipe: Recipe, stage: StageName) -> dict[str, Path]:
     """Return the folders with a model or a tokenizer that the stage loads from outside the run, by
     their key.
     """
-    names = {"base": recipe.base.id, "tokenizer": recipe.tokenizer.id}
-    if recipe.base.id == "pretrain":
-        del names["base"]
-    used = {section: name for section, name in names.items() if section in SECTIONS[stage]}
-    return {f"{key}.id": Path(name) for key, name in used.items() if name and Path(name).is_dir()}
+    own = own_base(recipe, stage)
+    used: dict[str, str | None] = {"reward.base": own.id} if own is not None else {}
+    if own is None:
+        names = {"base": recipe.base.id, "tokenizer": recipe.tokenizer.id}
+        used = {section: name for section, name in names.items() if section in SECTIONS[stage]}
+    folders = {key: Path(name) for key, name in used.items() if name and name != "pretrain"}
+    return {f"{key}.id": path for key, path in folders.items() if path.is_dir()}
 
 
 def named_sha256(recipe: Recipe, stage: StageName) -> dict[str, str]:

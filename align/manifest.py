@@ -41,6 +41,8 @@ class BaseFacts(_Part):
     it is loaded is another model than the stored one: an adapter or a score head fitted to the one
     does not fit the other (PEFT issues 1043 and 2321). So ``precision`` counts like the hash where
     stages are linked. ``compute_dtype`` does not: it is a matter of the machine.
+
+    An encoder is the base of a reward model alone: no other stage is made on it.
     """
 
     id: str
@@ -49,6 +51,7 @@ class BaseFacts(_Part):
     quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
     double_quantization: bool = False
     compute_dtype: str = "float32"
+    architecture: Literal["decoder", "encoder"] = "decoder"
 
     @property
     def precision(self) -> str:
@@ -221,6 +224,8 @@ def begin_folder(directory: Path) -> None:
 def check_same_origin(manifests: dict[str, Manifest]) -> None:
     """Refuse parents that were not made on one base with one tokenizer and one template.
 
+    A reward model on an encoder reads text, and need not fit.
+
     Args:
         manifests: by the name to use in the message.
 
@@ -228,7 +233,8 @@ def check_same_origin(manifests: dict[str, Manifest]) -> None:
         ParentError: two of them differ; the message names both and what differs.
     """
     seen: dict[str, tuple[str, str]] = {}  # what -> the first that has it, and its value
-    for name, manifest in manifests.items():
+    decoders = {n: m for n, m in manifests.items() if m.base.architecture == "decoder"}
+    for name, manifest in decoders.items():
         for what, theirs in manifest.origin.items():
             first, ours = seen.setdefault(what, (name, theirs))
             if ours != theirs:

@@ -271,7 +271,7 @@ def _from_hub(location: str, revision: str | None) -> Path:
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"base.id={location}: no such folder here, and the Hugging Face hub does not give it:"
+            f"base {location}: no such folder here, and the Hugging Face hub does not give it:"
             f" {first_line(error)}"
         ) from error
 

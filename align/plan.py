@@ -41,6 +41,11 @@ def plan_recipe(
         InputError: an adapter's target is not a layer of the base; it is not known what the
             adapter's method takes; see ``pretrained_shape``.
     """
+    if recipe.reward is not None and recipe.reward.base is not None:
+        raise InputError(
+            f"reward.base={recipe.reward.base.id}: align plan only knows decoders; plan the other"
+            " stages with reward.base=null, which counts the reward model as an adapter"
+        )
     method, later = recipe.adapter.method, {"ppo", "evaluate"} & set(planned_stages(recipe))
     if method not in ("lora", "full") or (method == "lora" and recipe.adapter.dora):
         used = "dora=true" if recipe.adapter.dora else f"method={method}"

@@ -325,9 +325,13 @@ class Recipe(Section):
             if section and section.heldout_every and rows and not rows.heldout:
                 problems.append((f"{stage}.heldout_every", f"needs data.{stage}.heldout"))
         sft = self.sft or self.run.parents.sft
-        for stage in ("reward", "ppo"):
-            if getattr(self, stage) and not sft:
+        from_sft = {"reward": self.reward and not self.reward.base, "ppo": self.ppo}
+        for stage, given in from_sft.items():
+            if given and not sft:
                 problems.append((stage, "starts from sft: needs an sft section or run.parents.sft"))
+        if self.reward and self.reward.base and self.reward.base.id == "pretrain":
+            needed = "the pretrain stage makes a decoder; allowed: a hub id or a folder"
+            problems.append(("reward.base.id", needed))
         if self.reward and self.reward.center_on == "demonstrations" and self.data.sft is None:
             needed = "needs the demonstrations of data.sft; allowed without them: none"
             problems.append(("reward.center_on", needed))

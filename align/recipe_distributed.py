@@ -73,6 +73,9 @@ class Distributed(Section):
             if watched is not None and watched.heldout_every is not None:
                 needed = "not built in several processes: looks at held-out rows while training"
                 problems.append((f"{stage}.heldout_every", f"{needed}; allowed: null"))
+        if recipe.reward is not None and recipe.reward.base is not None:
+            needed = "an encoder is trained by one process alone so far"
+            problems.append(("reward.base", f"not built: {needed}; make it by another recipe"))
         if recipe.reward is not None and recipe.reward.aux_lm_coef:
             needed = "reads the output embeddings of a model that several processes train"
             problems.append(("reward.aux_lm_coef", f"not built: it {needed}; allowed: 0"))

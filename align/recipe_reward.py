@@ -4,7 +4,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from align.recipe_types import NotNegativeFloat, PositiveFloat, Watched, refuse
+from align.recipe_adapter import Adapter, Method
+from align.recipe_types import NotNegativeFloat, PositiveFloat, Section, Watched, refuse
 
 # How much better the better response is, in the words of Llama 2's annotators (Touvron et al. 2023,
 # section 3.1), from the weakest.
@@ -28,9 +29,36 @@ Label = Literal[
 MARGINS = {"small": (0.0, 1 / 3, 2 / 3, 1.0), "large": (0.0, 1.0, 2.0, 3.0)}
 
 
+Pooling = Literal["cls", "mean"]
+
+
+class RewardBase(Section):
+    """An encoder (BERT and its like) that the reward model starts from, instead of the SFT model.
+
+    It is loaded in float32 with its own tokenizer, and reads the text of prompt and response.
+    """
+
+    id: str  # a hub id or a folder
+    revision: str | None = None
+    # Where the score is read. cls: through the head that transformers' classifier of this kind has
+    # on the first token. mean: by a linear head on the mean of all tokens' states.
+    pooling: Pooling = "cls"
+    adapter: Adapter | None = None  # null: the recipe's
+
+    @model_validator(mode="after")
+    def _check(self) -> "RewardBase":
+        if self.adapter is not None and self.adapter.method == "prefix":
+            refuse("adapter.method", f"{_NO_PREFIX}; allowed for it: any other")
+        return self
+
+
+_NO_PREFIX = "an encoder has no cache for keys and values"
+
+
 class Reward(Watched):
     """The ranking reward model. ``batch_size`` counts prompts, each with all its responses."""
 
+    base: RewardBase | None = None  # null: the SFT model
     epochs: PositiveFloat = 1.0
     # pairs: Bradley-Terry on all pairs of a prompt. listwise: Plackett-Luce on its whole order.
     loss: Literal["pairs", "listwise"] = "pairs"
@@ -69,9 +97,21 @@ class Reward(Watched):
             )
         return self
 
-    def problems_with_adapter(self, method: str) -> list[tuple[str, str]]:
+    def problems_with_adapter(self, method: Method) -> list[tuple[str, str]]:
         """Return what is refused beside ``adapter.method``: key and what is wrong with it."""
+        if self.base is not None:
+            return self._problems_with_encoder(self.base, method)
         if self.aux_lm_coef == 0 or method != "head_only":
             return []
         why = "moves the backbone alone, of which adapter.method=head_only trains nothing"
         return [("reward.aux_lm_coef", f"{why}; allowed with it: 0")]
+
+    def _problems_with_encoder(self, base: RewardBase, method: Method) -> list[tuple[str, str]]:
+        problems = []
+        if self.aux_lm_coef:
+            why = "reads output embeddings, which the encoder of reward.base has none of"
+            problems.append(("reward.aux_lm_coef", f"{why}; allowed with it: 0"))
+        if base.adapter is None and method == "prefix":
+            needed = "give reward.base.adapter another method"
+            problems.append(("adapter.method", f"{_NO_PREFIX}; {needed}"))
+        return problems

@@ -11,6 +11,7 @@ from align.inputs import (
     SECTIONS,
     digest,
     named_sha256,
+    own_base,
     reward_sources,
     source_fingerprint,
     stage_data,
@@ -72,9 +73,9 @@ def parent_stages(recipe: Recipe, stage: StageName) -> tuple[StageName, ...]:
     if stage == "evaluate":
         return tuple(s for s in available if s != "evaluate")
     wanted: tuple[StageName, ...] = ()
-    if stage != "pretrain" and recipe.base.id == "pretrain":
+    if stage != "pretrain" and (own_base(recipe, stage) or recipe.base).id == "pretrain":
         wanted += ("pretrain",)
-    if stage in ("reward", "ppo"):
+    if stage == "ppo" or (stage == "reward" and own_base(recipe, stage) is None):
         wanted += ("sft",)
     if any("reward" in source.models for source in reward_sources(recipe.ppo, stage).values()):
         wanted += ("reward",)
@@ -121,8 +122,11 @@ def _is_reward_stage(folder: Path) -> bool:
 def recipe_sha256(recipe: Recipe, stage: StageName) -> str:
     """Hash the part of the recipe that decides this stage's result."""
     part: dict[str, object] = {"seed": recipe.seed}
+    own = own_base(recipe, stage)
+    without = () if own is None else ("base", "tokenizer", *(("adapter",) if own.adapter else ()))
     for name in SECTIONS[stage]:
-        part[name] = _decisive(getattr(recipe, name))
+        if name not in without:
+            part[name] = _decisive(getattr(recipe, name))
     if stage == "ppo" and recipe.evaluate is not None and recipe.evaluate.gold is not None:
         part["gold"] = recipe.evaluate.gold  # decides what the probes log
     if stage == "evaluate":

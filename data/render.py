@@ -48,8 +48,9 @@ class Tokens:
 class Renderer:
     """Renders conversations by the tokenizer's chat template, within two lengths in tokens.
 
-    A prompt that is too long loses its beginning (not its beginning-of-text token); a response is
-    never cut, because a model that sees cut answers does not learn to stop: such rows are Unusable.
+    A prompt that is too long loses its beginning (not its beginning-of-text or [CLS] token); a
+    response is never cut, because a model that sees cut answers does not learn to stop: such rows
+    are Unusable.
 
     Raises:
         InputError: the tokenizer's template cannot be used (``data.tokenizer.check_template``).
@@ -240,8 +241,8 @@ class Renderer:
         return ids[:kept] + ids[len(ids) - self.max_prompt_tokens + kept :]
 
     def _leading(self, ids: list[int]) -> int:
-        bos = self.tokenizer.bos_token_id
-        return int(bos is not None and ids[:1] == [bos])
+        first = {self.tokenizer.bos_token_id, self.tokenizer.cls_token_id} - {None}
+        return int(not first.isdisjoint(ids[:1]))
 
     def _check_length(self, response: list[int]) -> None:
         if len(response) > self.max_response_tokens:

@@ -32,6 +32,16 @@ _TURNS = (
 DEFAULT_TEMPLATE = _TURNS
 DEFAULT_TEMPLATE_WITH_BOS = "{{ bos_token }}" + _TURNS
 
+# For encoders: as above, with each answer, and so the last one, between two separators.
+ENCODER_TEMPLATE = (
+    "{{ cls_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}{{ '\\n\\nHuman: ' + message['content'] }}"
+    "{% else %}{{ '\\n\\nAssistant:' + sep_token + message['content'] + sep_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' + sep_token }}{% endif %}"
+)
+
 # Byte values that never occur in UTF-8, as byte-level vocabularies write them: no text holds them.
 _UNUSED_BYTES = ("\u00ff", "\u00fe", "\u00c0", "\u00c1")
 
@@ -63,6 +73,25 @@ def prepare_tokenizer(
         tokenizer.chat_template = DEFAULT_TEMPLATE_WITH_BOS if with_bos else DEFAULT_TEMPLATE
     check_template(tokenizer)
     tokenizer.add_special_tokens({"pad_token": _pad_token(tokenizer, section.pad_token)})
+    return tokenizer
+
+
+def prepare_encoder_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Give an encoder's tokenizer ``ENCODER_TEMPLATE`` if it has no template; changes, returns it.
+
+    Raises:
+        InputError: it is no encoder's: it has no token that classifies, separates or pads; or its
+            own template cannot be used.
+    """
+    named = ("cls_token", "sep_token", "pad_token")
+    missing = [name for name in named if getattr(tokenizer, name, None) is None]
+    if missing:
+        raise InputError(
+            f"its tokenizer has no {' and no '.join(missing)}; allowed: encoders, BERT and its like"
+        )
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = ENCODER_TEMPLATE
+    check_template(tokenizer)
     return tokenizer
 
 

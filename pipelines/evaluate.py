@@ -6,7 +6,8 @@ training (``ppo.stop.divergence``), other prompts come first, and how many of th
 taken is said. Shares come with 90 % intervals.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from pipelines.benchmark import RenderedRanking, measure_benchmark
 from pipelines.heldout import perplexity, role_loss
 from pipelines.load_roles import LoadedRoles, load_roles, usable_prompts
 from pipelines.rollout import Scorer, as_chat
-from pipelines.scoring import RewardScorer, ppo_scorer, reward_roles
+from pipelines.scoring import RewardScorer, own_scorer, ppo_scorer, reads_text, reward_roles
 from pipelines.stage import StageJob, StageResult
 from pipelines.win_rate import bootstrap, wins
 from reward.ranking import pair_outcomes, share_with_interval
@@ -39,6 +40,7 @@ from reward.reliability import calibration_error
 
 # Metrics of a model stand under its name; these would be mistaken for a category's.
 _RESERVED = {"mean", "low", "high"}
+_SCORED_AT_ONCE = 256  # rankings' responses given to a scorer, which makes its own passes of them
 
 
 def run(job: StageJob) -> StageResult:
@@ -50,7 +52,8 @@ def run(job: StageJob) -> StageResult:
     loaded = load_roles(job, _adapters(job), max_new_tokens=section.max_new_tokens)
     prompts = usable_prompts(job, loaded, prompts)
     categories = _categories(section, prompts)
-    scorer = _scorer(job, loaded)
+    own = own_scorer(job, loaded, section.batch_size) if "reward" in job.parents else None
+    scorer = ppo_scorer(job, recipe.ppo, loaded) if recipe.ppo is not None else own
     demonstrations = _demonstrations(job, loaded.renderer, section)
     rankings = _rankings(job, loaded.renderer, section)
     models: dict[str, Role] = {"base": "base", "sft": "reference"}
@@ -73,12 +76,11 @@ def run(job: StageJob) -> StageResult:
         metrics |= {f"{name}/{key}": value for key, value in measured.items()}
         job.log.advance(number)
     metrics |= _win_rate(answers, section.bootstrap, seed)
-    if rankings:
-        metrics |= _reward_accuracy(loaded, rankings, section, gold)
-    if "reward" in job.parents:
-        found = measure_benchmark(
-            job, loaded.renderer, lambda rows: _score(loaded, rows, section.batch_size)
-        )
+    if own is not None:
+        score = partial(_score, own, loaded)
+        if rankings:
+            metrics |= _reward_accuracy(score, rankings, gold)
+        found = measure_benchmark(job, loaded.renderer, score)
         metrics |= {f"reward/{key}": value for key, value in found.items()}
     if num_selected_on:
         job.log.note(
@@ -112,20 +114,11 @@ def _adapters(job: StageJob) -> dict[Role, Path]:
     adapters: dict[Role, Path] = {"reference": job.parent_folder("sft") / "model"}
     if "ppo" in job.parents:
         adapters["policy"] = job.parent_folder("ppo") / "policy"
-    if "reward" in job.parents:
+    if "reward" in job.parents and not reads_text(job):
         adapters["reward"] = job.parent_folder("reward") / "model"
     if job.recipe.ppo is not None:
         adapters |= reward_roles(job, job.recipe.ppo)
     return adapters
-
-
-def _scorer(job: StageJob, loaded: LoadedRoles) -> Scorer | None:
-    """Return what PPO maximises; without a ppo section the reward model, if there is one."""
-    if job.recipe.ppo is not None:
-        return ppo_scorer(job, job.recipe.ppo, loaded)
-    if "reward" in job.parents:
-        return lambda prompts, responses, sequences: loaded.roles.scores(sequences)
-    return None
 
 
 def _gold_judge(section: Evaluate) -> GoldJudge | None:
@@ -206,13 +199,12 @@ def _win_rate(answers: dict[str, Answers], resamples: int, seed: int) -> dict[st
 
 
 def _reward_accuracy(
-    loaded: LoadedRoles,
+    score: Callable[[Sequence[RenderedRanking]], Tensor],
     rankings: Sequence[RenderedRanking],
-    section: Evaluate,
     gold: GoldJudge | None,
 ) -> dict[str, float]:
     """Return how often the reward model orders held-out pairs as labels and gold judge do."""
-    scores = _score(loaded, rankings, section.batch_size)
+    scores = score(rankings)
     groups = torch.tensor([i for i, (_, ids) in enumerate(rankings) for _ in ids])
     labels = torch.tensor(
         [score for row, _ in rankings for score in row.scores], dtype=torch.float64
@@ -243,14 +235,19 @@ def _reward_accuracy(
 
 
 @torch.no_grad()
-def _score(loaded: LoadedRoles, rankings: Sequence[RenderedRanking], batch_size: int) -> Tensor:
+def _score(scorer: Scorer, loaded: LoadedRoles, rankings: Sequence[RenderedRanking]) -> Tensor:
     """Return the reward model's scores of all responses, flat, ``[N]``."""
-    rows = [(loaded.renderer.prompt(row.messages), a) for row, ids in rankings for a in ids]
+    rows = [
+        (row, text, ids) for row, a in rankings for text, ids in zip(row.responses, a, strict=True)
+    ]
     scores = []
-    for start in range(0, len(rows), batch_size):
-        prompts, responses = zip(*rows[start : start + batch_size], strict=True)
-        sequences = join(prompts, responses).to(loaded.roles.device)
-        scores.append(loaded.roles.scores(sequences).cpu())
+    for start in range(0, len(rows), _SCORED_AT_ONCE):
+        part = rows[start : start + _SCORED_AT_ONCE]
+        prompts = [as_prompt(row) for row, _, _ in part]
+        ids = [loaded.renderer.prompt(prompt.messages) for prompt in prompts]
+        sequences = join(ids, [answer for _, _, answer in part]).to(loaded.roles.device)
+        texts = [text for _, text, _ in part]
+        scores.append(scorer([as_chat(prompt) for prompt in prompts], texts, sequences).cpu())
     return torch.cat(scores)
 
 

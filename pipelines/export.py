@@ -98,6 +98,11 @@ def prepare(options: argparse.Namespace) -> Export:
         )
     directory = stage_directory(recipe, stage)
     manifest = read_manifest(directory, stage)
+    if manifest.base.architecture == "encoder":
+        raise InputError(
+            f"{directory}: a reward model on an encoder is not exported: its folder model/ holds it"
+            " as transformers or PEFT load it, and score.json says how to read its scores"
+        )
     _check_files(directory, manifest, _MODELS[stage])
     _check_method(directory / _MODELS[stage])
     # The SFT stage has the tokenizer of all.

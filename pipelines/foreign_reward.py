@@ -1,12 +1,13 @@
 """Reward models that do not share the policy's base, tokenizer or template: they read its text.
 
 The response is decoded, rendered with the prompt by the reward model's own tokenizer and template,
-and scored at the last token of that rendering. The policy still learns from the tokens it sampled.
+and scored as the model was trained to: a decoder at the last token of that rendering. The policy
+still learns from the tokens it sampled.
 """
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from align.adapters import CONFIG, trained_method
+from align.adapters import CONFIG, is_adapter, trained_method
 from align.attention import why_not_packed
 from align.base_check import check_base, own_logprobs, probe_texts
 from align.errors import InputError, ParentError, TrainingError
@@ -28,18 +29,19 @@ from align.sequences import join, micro_batches
 from data.records import Message, Prompt
 from data.render import Renderer, Unusable, render_all
 from data.tokenizer import template_sha256, tokenizer_sha256
+from pipelines.encoder_base import load_finished
 from reward.model import load_score_head
+from reward.scorer import Row, score_rows
 
 
 @dataclass(frozen=True)
 class ForeignRewards:
-    """Reward models on one base of their own, as the roles ``reward0``, ``reward1``, ..."""
+    """Reward models on one base of their own."""
 
     folders: tuple[Path, ...]  # of their stages
-    roles: Roles
     renderer: Renderer
     positions: int  # tokens that the base can read
-    batch_size: int  # rows per forward pass
+    score: Callable[[int, Sequence[Row]], Tensor]  # of one of the models: rows to scores
 
     @torch.no_grad()
     def scores(self, number: int, prompts: Sequence[Chat], responses: Sequence[str]) -> Tensor:
@@ -51,11 +53,7 @@ class ForeignRewards:
         Raises:
             TrainingError: the template or the tokenizer cannot write a response.
         """
-        rows = [self._render(*row) for row in zip(prompts, responses, strict=True)]
-        sequences = join(*zip(*rows, strict=True)).to(self.roles.device)
-        parts = micro_batches(sequences.lengths, rows=self.batch_size)
-        role = f"reward{number}"
-        return torch.cat([self.roles.scores(sequences.rows(part), role) for part in parts])
+        return self.score(number, [self._render(*r) for r in zip(prompts, responses, strict=True)])
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Refuse prompts that the reward models cannot be shown, before training meets one.
@@ -94,8 +92,8 @@ def load_foreign_rewards(
 ) -> ForeignRewards:
     """Load finished reward models that were made on one base with one tokenizer and template.
 
-    The base is loaded once, quantised as the models were trained on it, and otherwise in the dtype
-    that the recipe gives to its own.
+    Encoders come one by one. The base of decoders is loaded once, quantised as the models were
+    trained on it, and otherwise in the dtype that the recipe gives to its own.
 
     Args:
         recipe: of the run that scores, not of the one that made the models.
@@ -109,6 +107,9 @@ def load_foreign_rewards(
             not fit the base.
         RewardModelError: a score head is missing or malformed.
     """
+    if manifest.base.architecture == "encoder":
+        (folder,) = folders
+        return _load_encoder(recipe, folder, manifest, batch_size)
     assert recipe.ppo is not None
     models = [folder / "model" for folder in folders]
     for folder, model in zip(folders, models, strict=True):
@@ -131,13 +132,34 @@ def load_foreign_rewards(
     ).to(compute_device())
     check_base(roles, texts, expected)
     positions = getattr(causal_lm.config, "max_position_embeddings", None) or sys.maxsize
-    return ForeignRewards(
-        tuple(folders),
-        roles,
-        Renderer(tokenizer, recipe.data.max_prompt_tokens, positions - 1),
-        positions,
-        batch_size,
-    )
+
+    def score(number: int, rows: Sequence[Row]) -> Tensor:
+        sequences = join(*zip(*rows, strict=True)).to(roles.device)
+        parts = micro_batches(sequences.lengths, rows=batch_size)
+        return torch.cat([roles.scores(sequences.rows(part), f"reward{number}") for part in parts])
+
+    renderer = Renderer(tokenizer, recipe.data.max_prompt_tokens, positions - 1)
+    return ForeignRewards(tuple(folders), renderer, positions, score)
+
+
+def _load_encoder(
+    recipe: Recipe, folder: Path, manifest: Manifest, batch_size: int
+) -> ForeignRewards:
+    path, revision, device = folder / "model", manifest.base.revision, compute_device()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    with _named(folder):
+        location = _base_location(path) if is_adapter(path) else str(path)
+        facts = base_facts(location, revision) if is_adapter(path) else manifest.base
+        _check_origin(tokenizer, facts, manifest)
+        model, positions = load_finished(recipe, path, location, revision)
+    model.to(device)
+
+    def score(_: int, rows: Sequence[Row]) -> Tensor:
+        pad = tokenizer.pad_token_id
+        return score_rows(model, rows, batch_size=batch_size, pad_id=pad, device=device).to(device)
+
+    renderer = Renderer(tokenizer, model.form.max_prompt_tokens, positions - 1)
+    return ForeignRewards((folder,), renderer, positions, score)
 
 
 def _load_base(

@@ -30,7 +30,8 @@ from data.records import Prompt, Record
 from data.render import Renderer, render_all
 from data.tokenizer import end_ids
 from pipelines.stage import StageJob
-from reward.model import SCORE_FILE, ScoreHead, load_reward_model, load_score_head
+from reward.calibrate import SCORE_FILE
+from reward.model import ScoreHead, load_reward_model, load_score_head
 
 
 @dataclass(frozen=True)

@@ -147,14 +147,15 @@ def _load(job: StageJob, section: Ppo) -> LoadedRoles:
     """Load the roles.
 
     The critic starts from this recipe's own reward model where PPO maximises that, else from SFT:
-    a reward model of another run may be no adapter on our base.
+    a reward model of another run, or on an encoder, may be no adapter on our base.
     """
     sft = job.parent_folder("sft") / "model"
     rewards = reward_roles(job, section)
     folders: dict[Role, Path] = {"policy": sft, "reference": sft} | rewards
     on_policy = section.value.trunk == "policy"
     if not on_policy:
-        folders["value"] = rewards["reward"] if section.needs_reward_stage else sft
+        own = section.needs_reward_stage and "reward" in rewards
+        folders["value"] = rewards["reward"] if own else sft
     return load_roles(
         job,
         folders,

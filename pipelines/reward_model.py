@@ -1,7 +1,8 @@
 """Stage 2: a reward model learns from ranked responses which of two an annotator would prefer.
 
-It starts from the SFT model (its adapter) with a random score head, is trained by the ranking loss
-of InstructGPT, and is then shifted so that the demonstrations score 0 on average.
+It starts from the SFT model (its adapter) or from an encoder, with a random score head, is trained
+by the ranking loss of InstructGPT, and is then shifted so that the demonstrations score 0 on
+average.
 """
 
 import gc
@@ -12,18 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from align.adapter_methods import check_trained, say_share, trained_share
-from align.adapters import is_adapter
 from align.errors import InputError, TrainingError
-from align.models import (
-    base_location,
-    compute_device,
-    load_causal_lm,
-    recipe_base_facts,
-    recompute_activations,
-)
+from align.models import compute_device, recompute_activations
 from align.recipe import Recipe
 from align.recipe_reward import Reward
 from align.seeds import derive_seed
@@ -33,15 +27,15 @@ from data.render import Renderer, render_all
 from pipelines.best_copy import HeldoutLooks
 from pipelines.memory_check import check_memory
 from pipelines.ranked_tokens import Batch, RankedTokens, collate, ranked_tokens
-from pipelines.reward_loss import check_columns, margin_of, output_head, reward_loss
+from pipelines.reward_loss import check_columns, margin_of, reward_loss
 from pipelines.reward_report import accuracy, measure
+from pipelines.reward_start import AnyReward, Start, reward_start
 from pipelines.shared_training import alone_again, share_batches
 from pipelines.stage import StageJob, StageResult
 from pipelines.trainer_checkpoints import train_to_end
 from pipelines.trainer_log import num_steps, training_arguments
 from reward.analysis import warnings
 from reward.calibrate import center_on
-from reward.model import RewardModel, load_reward_model, new_reward_model, write_calibration
 from reward.ranking import count_rankings, pair_outcomes
 from reward.scorer import Row, score_rows
 
@@ -64,23 +58,19 @@ def run(job: StageJob) -> StageResult | None:
     """Train, measure, centre, save and check a reward model; see the module's docstring."""
     recipe, section = job.recipe, job.recipe.reward
     assert section is not None
-    location = base_location(recipe)
-    facts = recipe_base_facts(recipe)
-    sft = job.parent_folder("sft") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(sft, trust_remote_code=recipe.base.trust_remote_code)
-    job.check_origin(tokenizer, facts)
-    tokens = _tokenize(job, tokenizer)
+    start = reward_start(job)
+    tokens = _tokenize(job, start.renderer)
 
-    base_parameters, model, lm_head = _new_model(recipe, location, sft)
+    base_parameters, model, lm_head = _new_model(recipe, start)
     share = trained_share(model.classifier, base_parameters)
-    job.log.note(f"reward  {say_share(recipe.adapter.method, share)}")
+    job.log.note(f"reward  {say_share(start.adapter.method, share)}")
     trainer = _trainer(job, model, tokens, lm_head)
     if not recipe.distributed.zero:
         _try_longest(recipe, section, model, tokens, lm_head)
     looks = _looks(job, section, model, tokens)
     train_to_end(trainer, job, looks)
     if recipe.distributed.together:
-        whole = alone_again(trainer, model, lambda: _new_model(recipe, location, sft)[1])
+        whole = alone_again(trainer, model, lambda: _new_model(recipe, start)[1])
         if whole is None:
             return None
         model = whole
@@ -89,16 +79,14 @@ def run(job: StageJob) -> StageResult | None:
     model.eval()
     # First of all: what follows may run out of memory.
     folder = job.directory / "model"
-    model.save(folder, location, facts.revision)
-    tokenizer.save_pretrained(folder)
+    model.save(folder, start.location, start.facts.revision)
+    start.tokenizer.save_pretrained(folder)
 
     batch_size = _scoring_batch(section)
     score = _scorer(model, batch_size, tokens.pad_id)
     if tokens.demonstrations:
-        calibration = center_on(score(tokens.demonstrations))
-        model.head.shift.fill_(calibration.shift)
-        model.head.scale.fill_(calibration.scale)
-        write_calibration(folder, calibration.shift, calibration.scale)
+        model.calibrate(*center_on(score(tokens.demonstrations)))
+        model.write_calibration(folder)
     metrics = share | measure(
         score,
         tokens.train,
@@ -116,23 +104,14 @@ def run(job: StageJob) -> StageResult | None:
     # The live model goes first: two of them need not fit into memory.
     del model, score, trainer, lm_head, looks
     gc.collect()
-    check_reload(recipe, location, folder, probe, expected, tokens.pad_id, batch_size=batch_size)
-    return StageResult(metrics, ("model",), tokenizer, facts)
+    check_reload(start.load, folder, probe, expected, tokens.pad_id, batch_size=batch_size)
+    return StageResult(metrics, ("model",), start.tokenizer, start.facts)
 
 
-def _new_model(
-    recipe: Recipe, location: str, sft: Path
-) -> tuple[int, RewardModel, nn.Module | None]:
-    """Return the base's parameters, a reward model that starts from the SFT model, and the output
-    embeddings if its loss reads them.
-    """
-    assert recipe.reward is not None
-    start = load_causal_lm(recipe, location if is_adapter(sft) else str(sft))
-    base_parameters = start.num_parameters()
-    lm_head = output_head(start) if recipe.reward.aux_lm_coef else None
-    seed = derive_seed(recipe.seed, "reward", "head")
-    model = new_reward_model(start, recipe.adapter, sft, seed)
-    check_trained(model.classifier, recipe.adapter.method)
+def _new_model(recipe: Recipe, start: Start) -> tuple[int, AnyReward, nn.Module | None]:
+    """Return what ``Start.new`` does, once it is checked and prepared for training."""
+    base_parameters, model, lm_head = start.new()
+    check_trained(model.classifier, start.adapter.method)
     if recipe.base.gradient_checkpointing:
         recompute_activations(model.backbone)
     return base_parameters, model, lm_head
@@ -197,8 +176,7 @@ class RankingTrainer(Trainer):
 
 
 def check_reload(
-    recipe: Recipe,
-    location: str,
+    load: Callable[[Path], AnyReward],
     folder: Path,
     probe: Sequence[Row],
     expected: Tensor,
@@ -209,13 +187,13 @@ def check_reload(
     """Load a saved reward model anew and compare its scores with the live model's.
 
     Args:
+        load: reads a reward model from its folder.
         batch_size: as ``expected`` was computed with: in bfloat16 other shapes round differently.
 
     Raises:
         TrainingError: they differ.
     """
-    base = load_causal_lm(recipe, location) if is_adapter(folder) else None
-    model = load_reward_model(base, folder).to(compute_device())
+    model = load(folder).to(compute_device())
     found = _scorer(model, batch_size, pad_id)(probe)
     difference = (found - expected).abs().max().item()
     if not difference <= RELOAD_TOLERANCE:
@@ -225,10 +203,9 @@ def check_reload(
         )
 
 
-def _tokenize(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
-    limits, section = job.recipe.data, job.recipe.reward
+def _tokenize(job: StageJob, renderer: Renderer) -> Tokenized:
+    section, pad_id = job.recipe.reward, renderer.tokenizer.pad_token_id
     assert section is not None
-    renderer = Renderer(tokenizer, limits.max_prompt_tokens, limits.max_response_tokens)
 
     def render(record: Record) -> RankedTokens:
         assert isinstance(record, Ranking)
@@ -240,9 +217,8 @@ def _tokenize(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
     if not train:
         raise InputError("data.reward: no training row is left once tokenised")
     check_columns(section, train)
-    assert isinstance(tokenizer.pad_token_id, int)
-    demonstrations = _demonstrations(job, renderer)
-    return Tokenized(train, heldout, demonstrations, tokenizer.pad_token_id)
+    assert isinstance(pad_id, int)
+    return Tokenized(train, heldout, _demonstrations(job, renderer), pad_id)
 
 
 def _demonstrations(job: StageJob, renderer: Renderer) -> list[Row]:
@@ -266,7 +242,7 @@ def _demonstrations(job: StageJob, renderer: Renderer) -> list[Row]:
 
 
 def _trainer(
-    job: StageJob, model: RewardModel, tokens: Tokenized, lm_head: nn.Module | None
+    job: StageJob, model: AnyReward, tokens: Tokenized, lm_head: nn.Module | None
 ) -> RankingTrainer:
     recipe, section = job.recipe, job.recipe.reward
     assert section is not None
@@ -304,7 +280,7 @@ def _blank(row: RankedTokens) -> RankedTokens:
 def _try_longest(
     recipe: Recipe,
     section: Reward,
-    model: RewardModel,
+    model: AnyReward,
     tokens: Tokenized,
     lm_head: nn.Module | None,
 ) -> None:
@@ -325,7 +301,7 @@ def _try_longest(
     check_memory(recipe, "reward", list(model.parameters()), step, what)
 
 
-def _looks(job: StageJob, section: Reward, model: RewardModel, tokens: Tokenized) -> HeldoutLooks:
+def _looks(job: StageJob, section: Reward, model: AnyReward, tokens: Tokenized) -> HeldoutLooks:
     """Return the looks at the accuracy on held-out pairs."""
     score = _scorer(model, _scoring_batch(section), tokens.pad_id)
 
@@ -342,7 +318,7 @@ def _scoring_batch(section: Reward) -> int:
     return 2 * (section.micro_batch_size or section.batch_size)
 
 
-def _scorer(model: RewardModel, batch_size: int, pad_id: int) -> Callable[[Sequence[Row]], Tensor]:
+def _scorer(model: AnyReward, batch_size: int, pad_id: int) -> Callable[[Sequence[Row]], Tensor]:
     def score(rows: Sequence[Row]) -> Tensor:
         return score_rows(
             model, rows, batch_size=batch_size, pad_id=pad_id, device=compute_device()

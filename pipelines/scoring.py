@@ -13,7 +13,7 @@ from align.functions import Chat, call_score_function, load_function
 from align.inputs import heldout_source, reward_sources
 from align.manifest import Manifest
 from align.recipe_ppo import Ppo, RewardSource
-from align.sequences import Sequences
+from align.sequences import Sequences, micro_batches
 from data.records import Prompt
 from data.render import render_all
 from pipelines.foreign_reward import load_foreign_rewards
@@ -103,6 +103,25 @@ def ppo_scorer(job: StageJob, section: Ppo, loaded: LoadedRoles) -> RewardScorer
     )
 
 
+def own_scorer(job: StageJob, loaded: LoadedRoles, batch_size: int) -> Scorer:
+    """Return the scorer of the recipe's own reward model, whatever PPO maximises.
+
+    Args:
+        loaded: with the role ``reward``, unless the model reads text.
+        batch_size: responses per forward pass.
+    """
+    if not reads_text(job):
+        return _role_scorer(
+            loaded, "reward", lambda lengths: micro_batches(lengths, rows=batch_size)
+        )
+    return _foreign_scorers(job, loaded, ["reward"], batch_size)["reward"]
+
+
+def reads_text(job: StageJob) -> bool:
+    """Return whether the recipe's own reward model is none of the roles on the base."""
+    return job.parents["reward"].base.architecture == "encoder"
+
+
 def _roles(job: StageJob, section: Ppo) -> dict[str, str]:
     """Return the roles of the reward models that share the base, by their name in the recipe."""
     manifests = job.reward_models
@@ -110,7 +129,7 @@ def _roles(job: StageJob, section: Ppo) -> dict[str, str]:
     shared = [name for name, manifest in manifests.items() if _origin(manifest) == ours]
     roles = {name: f"reward{number}" for number, name in enumerate(shared, 1)}
     sources = reward_sources(section, job.stage).values()
-    if any("reward" in source.models for source in sources):
+    if any("reward" in source.models for source in sources) and not reads_text(job):
         roles["reward"] = "reward"
     return roles
 
@@ -126,8 +145,13 @@ def _members(
     """Return the scorers of each source: one, or those of an ensemble's models."""
     roles = _roles(job, section)
     names = dict.fromkeys(name for source in sources for name in source.models)
-    models = {n: _role_scorer(loaded, roles[n], section) for n in names if n in roles}
-    models |= _foreign_scorers(job, section, loaded, [n for n in names if n not in roles])
+    models = {
+        name: _role_scorer(loaded, roles[name], lambda lengths: passes(lengths, section))
+        for name in names
+        if name in roles
+    }
+    batch_size = section.micro_batch_size or section.minibatch_size
+    models |= _foreign_scorers(job, loaded, [n for n in names if n not in roles], batch_size)
     return [
         (_function_scorer(source.function, loaded.roles.device),)
         if source.function is not None
@@ -136,29 +160,35 @@ def _members(
     ]
 
 
-def _role_scorer(loaded: LoadedRoles, role: str, section: Ppo) -> Scorer:
+def _role_scorer(
+    loaded: LoadedRoles, role: str, passes_of: Callable[[tuple[int, ...]], list[list[int]]]
+) -> Scorer:
     def score(prompts: list[Chat], responses: list[str], sequences: Sequences) -> Tensor:
-        parts = [sequences.rows(rows) for rows in passes(sequences.lengths, section)]
+        parts = [sequences.rows(rows) for rows in passes_of(sequences.lengths)]
         return torch.cat([loaded.roles.scores(part, role=role) for part in parts])
 
     return score
 
 
 def _foreign_scorers(
-    job: StageJob, section: Ppo, loaded: LoadedRoles, names: Sequence[str]
+    job: StageJob, loaded: LoadedRoles, names: Sequence[str], batch_size: int
 ) -> dict[str, Scorer]:
-    """Return scorers of the models that do not share our base; those that share one share it."""
-    manifests = job.reward_models
+    """Return scorers of the models that do not share our base; decoders that share one share it."""
+    manifests, folders = job.reward_models, {name: Path(name) for name in names}
+    if "reward" in names:
+        manifests = manifests | {"reward": job.parents["reward"]}
+        folders["reward"] = job.parent_folder("reward")
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in names:
-        groups[_origin(manifests[name])].append(name)
+        alone = manifests[name].base.architecture == "encoder"
+        groups[(name,) if alone else _origin(manifests[name])].append(name)
     scorers: dict[str, Scorer] = {}
     for members in groups.values():
         foreign = load_foreign_rewards(
             job.recipe,
-            [Path(name) for name in members],
+            [folders[name] for name in members],
             manifests[members[0]],
-            batch_size=section.micro_batch_size or section.minibatch_size,
+            batch_size=batch_size,
         )
         foreign.check_prompts(_readable_prompts(job, loaded))
         for number, name in enumerate(members):

@@ -171,7 +171,8 @@ class StageJob:
     def check_origin(self, tokenizer: "PreTrainedTokenizerBase", base: BaseFacts) -> None:
         """Refuse to build on parents made with another base, tokenizer or chat template.
 
-        A base that they loaded in another precision is another base; see ``BaseFacts``.
+        A base that they loaded in another precision is another base; see ``BaseFacts``. Encoders
+        and decoders are not built on each other.
 
         Raises:
             ParentError: names the parent, and what differs.
@@ -184,7 +185,8 @@ class StageJob:
             "base": base.sha256,
             "base quantization": base.precision,
         }
-        for name, parent in self.parents.items():
+        alike = {n: p for n, p in self.parents.items() if p.base.architecture == base.architecture}
+        for name, parent in alike.items():
             for what, other in parent.origin.items():
                 mine = ours[what]
                 if mine != other:

@@ -1,12 +1,23 @@
-"""The zero of the scores: InstructGPT centres them on the demonstrations before PPO.
+"""The zero of the scores: InstructGPT centres them on the demonstrations before PPO. Its file.
 
 A ranking loss leaves a reward model's scores free up to a constant. PPO does not: a response that
 does not end gets a fixed score, and the critic has to learn the mean first.
 """
 
+import json
+import math
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
+
+from align.errors import AlignError
+
+SCORE_FILE = "score.json"
+
+
+class RewardModelError(AlignError):
+    """A saved reward model is incomplete or not what its files say."""
 
 
 class Calibration(NamedTuple):
@@ -29,3 +40,30 @@ def center_on(raw_scores: Tensor) -> Calibration:
         raw_scores: ``[N]``, N > 0, under shift 0 and scale 1.
     """
     return Calibration(raw_scores.double().mean().item(), 1.0)
+
+
+def write_calibration(folder: Path, shift: float, scale: float, **form: object) -> None:
+    """Write ``score.json``.
+
+    Args:
+        form: what else has to be known to read a score; an encoder has such facts.
+    """
+    text = json.dumps({"shift": shift, "scale": scale} | form, indent=2)
+    (folder / SCORE_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_calibration(folder: str | Path) -> Calibration:
+    """Return the shift and scale in a saved reward model's ``score.json``.
+
+    Raises:
+        RewardModelError: it is missing, or does not hold a finite shift and a positive scale.
+    """
+    path = Path(folder) / SCORE_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        shift, scale = float(content["shift"]), float(content["scale"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RewardModelError(f"{path}: no shift and scale here: {error!r}") from None
+    if not (math.isfinite(shift) and math.isfinite(scale) and scale > 0):
+        raise RewardModelError(f"{path}: shift={shift} scale={scale}; finite, scale > 0 needed")
+    return Calibration(shift, scale)

@@ -9,7 +9,6 @@ in it), or transformers for a whole sequence classifier, and ``score.json`` with
 that turn raw scores into the model's scores.
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -31,18 +30,14 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from align.adapter_methods import adapter_config
 from align.adapters import WEIGHTS, is_adapter, save_trained, share_config, trained_method
-from align.errors import AlignError, ParentError
+from align.errors import ParentError
 from align.recipe_adapter import Adapter
 from align.sequences import position_ids
+from reward.calibrate import RewardModelError, read_calibration, write_calibration
 
-SCORE_FILE = "score.json"
 HEAD_KEY = "base_model.model.score.weight"
 # The head of an adapter that wraps the model, of a prefix, and of a whole model.
 _HEAD_KEYS = (HEAD_KEY, "base_model.score.weight", "score.weight")
-
-
-class RewardModelError(AlignError):
-    """A saved reward model is incomplete or not what its files say."""
 
 
 def last_hidden(hidden: Tensor, attention_mask: Tensor) -> Tensor:
@@ -148,29 +143,6 @@ def _head_weight(folder: Path) -> Tensor:
     return weight
 
 
-def write_calibration(folder: Path, shift: float, scale: float) -> None:
-    """Write ``score.json``."""
-    text = json.dumps({"shift": shift, "scale": scale}, indent=2)
-    (folder / SCORE_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def read_calibration(folder: str | Path) -> tuple[float, float]:
-    """Return the shift and scale in a saved reward model's ``score.json``.
-
-    Raises:
-        RewardModelError: it is missing, or does not hold a finite shift and a positive scale.
-    """
-    path = Path(folder) / SCORE_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        shift, scale = float(content["shift"]), float(content["scale"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RewardModelError(f"{path}: no shift and scale here: {error!r}") from None
-    if not (math.isfinite(shift) and math.isfinite(scale) and scale > 0):
-        raise RewardModelError(f"{path}: shift={shift} scale={scale}; finite, scale > 0 needed")
-    return shift, scale
-
-
 class RewardModel(nn.Module):
     """A sequence classifier, mostly with an adapter, scored at the last real token in float32."""
 
@@ -219,6 +191,11 @@ class RewardModel(nn.Module):
         scores: Tensor = self.head(last_hidden(states, attention_mask))
         return scores
 
+    def calibrate(self, shift: float, scale: float) -> None:
+        """Set the shift and scale of the scores."""
+        self.head.shift.fill_(shift)
+        self.head.scale.fill_(scale)
+
     def save(self, folder: Path, base: str, revision: str | None) -> None:
         """Write adapter and head, or the whole model, and ``score.json``, into a fresh folder.
 
@@ -227,6 +204,10 @@ class RewardModel(nn.Module):
             revision: of the base, likewise.
         """
         save_trained(self.classifier, folder, base=base, revision=revision)
+        self.write_calibration(folder)
+
+    def write_calibration(self, folder: Path) -> None:
+        """Write ``score.json`` anew."""
         write_calibration(folder, self.head.shift.item(), self.head.scale.item())
 
 

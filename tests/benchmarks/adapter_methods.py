@@ -244,7 +244,7 @@ def classify(options: argparse.Namespace) -> dict[str, Any]:
     model = AutoModelForSequenceClassification.from_pretrained(options.base, num_labels=2)
     base_parameters = model.num_parameters()
     head = "classifier" if options.kind == "encoder" else "score"
-    config = adapter_config(adapter, "SEQ_CLS", model, head)
+    config = adapter_config(adapter, "SEQ_CLS", model, [head])
     if config is not None:
         model = get_peft_model(model, config)
     check_trained(model, adapter.method)

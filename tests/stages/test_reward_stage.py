@@ -22,7 +22,6 @@ from align.adapters import WEIGHTS
 from align.errors import TrainingError
 from align.recipe import TokenizerSection
 from align.recipe_adapter import Adapter
-from align.recipe_io import load_recipe
 from align.recipe_reward import Reward
 from data.order import SortedBatches
 from data.records import Message, Ranking
@@ -189,29 +188,29 @@ def test_demonstrations_score_zero_on_average_in_a_fresh_process(root: Path) -> 
 
 def test_a_saved_model_that_scores_differently_fails_the_stage(root: Path) -> None:
     folder, rows = root / "runs/test/reward/model", demonstrations(root)[:4]
-    recipe = load_recipe(root / "recipe.yaml")
     scores = torch.tensor(probe_scores(root, folder, rows))
-    check_reload(recipe, recipe.base.id, folder, rows, scores, pad_id=0, batch_size=3)
+
+    def load(folder: Path) -> RewardModel:
+        base = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32)
+        return load_reward_model(base, folder)
+
+    check_reload(load, folder, rows, scores, pad_id=0, batch_size=3)
     for wrong in (scores + 2e-5, scores * torch.nan):
         with pytest.raises(TrainingError, match="scores differently"):
-            check_reload(recipe, recipe.base.id, folder, rows, wrong, pad_id=0, batch_size=3)
+            check_reload(load, folder, rows, wrong, pad_id=0, batch_size=3)
 
 
-def test_scores_are_compared_as_computed_in_batches_of_one_shape(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_scores_are_compared_as_computed_in_batches_of_one_shape() -> None:
     class Shapes(torch.nn.Module):
         """Rounds differently in batches of another shape, as bfloat16 on a GPU does."""
 
         def forward(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             return mask.sum(1) + 0.01 * input_ids.shape[0]
 
-    monkeypatch.setattr(reward_model, "load_causal_lm", lambda *_: None)
-    monkeypatch.setattr(reward_model, "load_reward_model", lambda *_: Shapes())
     rows = [([2, 3], [4] * n) for n in range(5)]
     scores = score_rows(Shapes(), rows, batch_size=2, pad_id=0)
-    recipe: Any = None
-    check_reload(recipe, "base", Path("model"), rows, scores, pad_id=0, batch_size=2)
+    shapes: Any = Shapes()
+    check_reload(lambda _: shapes, Path("model"), rows, scores, pad_id=0, batch_size=2)
 
 
 def test_a_trained_model_is_saved_before_anything_is_measured(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -185,7 +186,8 @@ def test_reward_accuracy_counts_pairs_as_a_plain_loop_does(loaded):
     gold = lambda chats, texts: [judged.get(text, 0.3) for text in texts]  # noqa: E731
     render = loaded.renderer
     rankings = [(row, [render.response(row.messages, r) for r in row.responses]) for row in rows]
-    metrics = evaluate._reward_accuracy(loaded, rankings, section(), gold)
+    scorer = lambda chats, texts, sequences: loaded.roles.scores(sequences)  # noqa: E731
+    metrics = evaluate._reward_accuracy(partial(evaluate._score, scorer, loaded), rankings, gold)
 
     right = longer = label_pairs = agreed = labelled = gold_pairs = 0.0
     bins = [0.0] * 10  # right answers less their probabilities, from 0.5 to 1

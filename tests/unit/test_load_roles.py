@@ -12,7 +12,7 @@ from align.sequences import join
 from data.load import LoadedData
 from data.tokenizer import prepare_tokenizer
 from pipelines import load_roles as loading
-from pipelines import ppo, pretrain, reward_model
+from pipelines import ppo, pretrain, reward_model, reward_start
 from pipelines.load_roles import load_roles
 from pipelines.stage import Console, StageJob
 from tests import tiny
@@ -93,7 +93,7 @@ def test_the_tokenizers_of_all_stages_trust_what_the_base_is_trusted_with(
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
     job.data["prompts"] = LoadedData((), (), ())
-    monkeypatch.setattr(reward_model, "recipe_base_facts", lambda _: None)
+    monkeypatch.setattr(reward_start, "recipe_base_facts", lambda _: None)
     for read in (
         lambda: load(job, monkeypatch),
         lambda: reward_model.run(job),

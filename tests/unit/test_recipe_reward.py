@@ -3,8 +3,10 @@
 import pytest
 
 from align.errors import InputError, RecipeError
+from align.plan import plan_recipe
 from align.recipe_io import load_recipe
 from align.recipe_reward import Reward
+from align.stages import parent_stages
 from data.records import Message, Ranking
 from pipelines.ranked_tokens import RankedTokens
 from pipelines.reward_loss import check_columns, margin_of
@@ -39,12 +41,48 @@ PAIR = ((Message("user", "hi"),), ("a", "b"), (1.0, 0.0))
             ["ppo=null", "adapter.method=head_only", "reward.aux_lm_coef=0.1"],
             "reward.aux_lm_coef=0.1: moves the backbone alone, of which adapter.method=head_only",
         ),
+        (
+            ["reward.base={id: bert}", "reward.aux_lm_coef=0.1"],
+            "reward.aux_lm_coef=0.1: reads output embeddings, which the encoder of reward.base has",
+        ),
+        (
+            ["reward.base={id: bert}", "ppo=null", "evaluate=null", "adapter.method=prefix"],
+            "adapter.method=prefix: an encoder has no cache for keys and values; give reward.base",
+        ),
+        (
+            ["reward.base={id: bert, adapter: {method: prefix}}"],
+            "an encoder has no cache for keys and values; allowed for it: any other",
+        ),
+        (["reward.base={id: bert, pooling: last}"], "allowed: cls or mean"),
+        (["reward.base={id: pretrain}"], "the pretrain stage makes a decoder"),
+        (
+            ["reward.base={id: bert}", "distributed.processes=2", "run.keep_checkpoints=0"],
+            "an encoder is trained by one process alone so far; make it by another recipe",
+        ),
     ],
 )
 def test_what_means_nothing_is_refused_by_name(overrides: list[str], expected: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe("miniature", overrides)
     assert expected in str(caught.value)
+
+
+def test_an_encoder_needs_no_sft_and_goes_with_every_layout_of_ppo() -> None:
+    encoder = "reward.base={id: bert, adapter: {method: full}}"
+    assert load_recipe("miniature", [encoder]).ppo is not None
+    assert load_recipe("miniature", [encoder, "ppo.layout=separate"]).ppo is not None
+    alone = ["ppo=null", "sft=null", "evaluate=null", "data.sft=null", "reward.center_on=none"]
+    recipe = load_recipe("miniature", [encoder, *alone])
+    assert parent_stages(recipe, "reward") == ()
+    with pytest.raises(RecipeError, match="starts from sft: needs an sft section"):
+        load_recipe("miniature", alone)
+
+
+def test_plan_says_that_it_does_not_count_encoders() -> None:
+    recipe = load_recipe("miniature", ["reward.base={id: bert}"])
+    with pytest.raises(InputError, match=r"reward.base=bert: align plan only knows decoders"):
+        plan_recipe(recipe, None)
+    assert plan_recipe(load_recipe("miniature", ["reward.base=null"]), None)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,10 @@ from transformers import PreTrainedModel
 from align.adapters import WEIGHTS
 from align.errors import ParentError
 from align.recipe_adapter import Adapter
-from reward.calibrate import center_on
+from reward.calibrate import SCORE_FILE, RewardModelError, center_on
 from reward.model import (
     HEAD_KEY,
-    SCORE_FILE,
     RewardModel,
-    RewardModelError,
     ScoreHead,
     last_hidden,
     load_reward_model,

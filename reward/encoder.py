@@ -1,0 +1,309 @@
+"""Encoder reward models: BERT and its like, which read prompt and response in both directions.
+
+The score is what transformers' own sequence classifier gives on the first token (``cls``), or a
+linear map of the mean of all tokens' states (``mean``), which no class of transformers does. Rows
+are moved to the left before they are read, so that positions never depend on the padding.
+
+What is saved is a PEFT adapter with the head in it, or a whole sequence classifier, and
+``score.json`` with shift, scale and pooling.
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from align.adapter_methods import HEAD, adapter_config
+from align.adapters import WEIGHTS, is_adapter, save_trained, share_config
+from align.errors import InputError
+from align.models import first_line
+from align.recipe_adapter import Adapter
+from align.recipe_reward import Pooling
+from reward.calibrate import SCORE_FILE, RewardModelError, read_calibration, write_calibration
+from reward.model import new_score_weight
+
+Classifier = PeftModel | PreTrainedModel
+
+
+class Form(NamedTuple):
+    """How an encoder's rows are made and its score is read; stands in ``score.json``."""
+
+    pooling: Pooling
+    # The id that ends prompt and response. Where the encoder tells segments apart, the response is
+    # the second one: what follows the last separator but one.
+    separator: int
+    max_prompt_tokens: int
+
+
+class EncoderReward(nn.Module):
+    """A sequence classifier with one label, mostly with an adapter: ``(logit - shift) / scale``."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, classifier: Classifier, form: Form) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.form = form
+        self.register_buffer("shift", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """What gives the hidden states, with the adapter in it."""
+        body: PreTrainedModel = _bare(self.classifier).base_model
+        return body
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Score rows of prompt and response.
+
+        Args:
+            input_ids: ``[B, T]`` long; what fills the padding has no effect.
+            attention_mask: ``[B, T]``, True for real tokens; padding on either side.
+
+        Returns:
+            ``[B]`` float32.
+        """
+        classifier = _bare(self.classifier)
+        ids, mask = left_aligned(input_ids, attention_mask, classifier.config.pad_token_id or 0)
+        inputs = {"input_ids": ids, "attention_mask": mask.long()}
+        if getattr(classifier.config, "type_vocab_size", 0) > 1:
+            inputs["token_type_ids"] = segments(ids, mask, self.form.separator)
+        if self.form.pooling == "cls":
+            logits = classifier(**inputs).logits
+        else:
+            states = classifier.base_model(**inputs).last_hidden_state
+            logits = classifier.score(masked_mean(states, mask))
+        raw: Tensor = logits.squeeze(-1)
+        return (raw - self.shift) / self.scale
+
+    def calibrate(self, shift: float, scale: float) -> None:
+        """Set the shift and scale of the scores."""
+        self.shift.fill_(shift)
+        self.scale.fill_(scale)
+
+    def save(self, folder: Path, base: str, revision: str | None) -> None:
+        """Write adapter and head, or the whole model, into a fresh folder, and ``score.json``.
+
+        Args:
+            base: where the base was loaded from; see ``align.adapters.save_adapter``.
+            revision: of the base, likewise.
+        """
+        save_trained(self.classifier, folder, base=base, revision=revision)
+        self.write_calibration(folder)
+
+    def write_calibration(self, folder: Path) -> None:
+        """Write ``score.json`` anew."""
+        write_calibration(folder, self.shift.item(), self.scale.item(), **self.form._asdict())
+
+
+def left_aligned(input_ids: Tensor, mask: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Move every row's real tokens to the left, in their order; ``[B, T]`` both.
+
+    What fills the rest is the encoder's own pad id: RoBERTa counts positions by it.
+    """
+    order = mask.bool().logical_not().long().argsort(dim=1, stable=True)
+    mask = mask.bool().gather(1, order)
+    return input_ids.gather(1, order).masked_fill(~mask, pad_id), mask
+
+
+def segments(ids: Tensor, mask: Tensor, separator: int) -> Tensor:
+    """Return every token's segment, ``[B, T]``: 1 for the response and what ends it, else 0."""
+    ends = (ids == separator) & mask
+    following = ends.long().flip(1).cumsum(1).flip(1)  # this one and those after it
+    return ((following == 1) & (ends.sum(1, keepdim=True) > 1)).long()
+
+
+def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of the states ``[B, T, H]`` where the mask ``[B, T]`` is True."""
+    real = mask.unsqueeze(-1)
+    return states.masked_fill(~real, 0.0).sum(1) / real.sum(1)
+
+
+def encoder_body(config: PretrainedConfig) -> PreTrainedModel:
+    """Return an encoder without weights: only its shape counts.
+
+    Raises:
+        InputError: it is no encoder.
+    """
+    try:
+        with torch.device("meta"):
+            body: PreTrainedModel = AutoModel.from_config(config)
+    except ValueError as error:
+        raise InputError(first_line(error)) from error
+    if config.is_encoder_decoder or getattr(config, "is_decoder", False):
+        raise InputError(f"{type(body).__name__} is no encoder; allowed: BERT and its like")
+    return body
+
+
+def num_positions(body: PreTrainedModel) -> int:
+    """Return how many tokens an encoder can read; RoBERTa has fewer than its configuration says."""
+    for name, module in body.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - unused
+    return getattr(body.config, "max_position_embeddings", None) or sys.maxsize
+
+
+def new_encoder_reward(
+    location: str,
+    settings: dict[str, Any],
+    adapter: Adapter,
+    form: Form,
+    seed: int,
+) -> EncoderReward:
+    """Start a reward model from an encoder.
+
+    Args:
+        location: a folder or a hub id; what its checkpoint lacks, as the head, is drawn.
+        settings: of ``from_pretrained``; see ``align.models.load_settings``.
+        seed: of all that is drawn.
+
+    Raises:
+        InputError: transformers has no classifier of this kind, or the base has nothing that the
+            adapter method trains.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = _load_classifier(location, settings, form.pooling)
+        if form.pooling == "mean":
+            with torch.no_grad():
+                classifier.score.weight.copy_(new_score_weight(classifier.score.in_features, seed))
+        config = adapter_config(adapter, "SEQ_CLS", classifier, _heads(classifier))
+        trained: Classifier = classifier.requires_grad_(config is None)
+        if config is not None:
+            trained = PeftModel(classifier, config)
+    return EncoderReward(trained, form)
+
+
+def load_encoder_reward(
+    folder: str | Path, location: str | None = None, settings: dict[str, Any] | None = None
+) -> EncoderReward:
+    """Load a saved encoder reward model, frozen and in evaluation mode.
+
+    Args:
+        location: of the base that an adapter was trained on.
+        settings: of the base's ``from_pretrained``, likewise.
+
+    Raises:
+        RewardModelError: the folder is incomplete, or does not fit the base.
+    """
+    folder = Path(folder)
+    form = read_form(folder)
+    shift, scale = read_calibration(folder)
+    classifier: Any
+    if is_adapter(folder):
+        assert location is not None
+        assert settings is not None
+        base = _load_classifier(location, settings, form.pooling)
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        classifier = PeftModel(base, config)
+        share_config(classifier)
+        expected = get_peft_model_state_dict(classifier, save_embedding_layers=False)
+        found = _tensors(folder, [folder / WEIGHTS], expected)
+        set_peft_model_state_dict(classifier, found)
+    else:
+        config = AutoConfig.from_pretrained(folder)
+        classifier = _pooled(AutoModelForSequenceClassification.from_config(config), form.pooling)
+        found = _tensors(folder, sorted(folder.glob("*.safetensors")), classifier.state_dict())
+        classifier.load_state_dict(found)
+    model = EncoderReward(classifier, form)
+    model.calibrate(shift, scale)
+    return model.requires_grad_(False).eval()
+
+
+def read_form(folder: Path) -> Form:
+    """Return how a saved encoder reward model is read.
+
+    Raises:
+        RewardModelError: ``score.json`` does not say so.
+    """
+    path = folder / SCORE_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        form = Form(*(content[name] for name in Form._fields))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RewardModelError(f"{path}: does not say how it is read: {error!r}") from None
+    numbers = form.separator, form.max_prompt_tokens
+    if form.pooling not in get_args(Pooling) or not all(type(n) is int for n in numbers):
+        raise RewardModelError(f"{path}: {form}: not known here")
+    return form
+
+
+def _load_classifier(location: str, settings: dict[str, Any], pooling: Pooling) -> Any:
+    config = copy.deepcopy(settings["config"])
+    config.num_labels = 1
+    settings = settings | {"config": config, "dtype": torch.float32, "use_safetensors": True}
+    try:
+        classifier = AutoModelForSequenceClassification.from_pretrained(location, **settings)
+    except (OSError, ValueError) as error:
+        raise InputError(first_line(error)) from error
+    return _pooled(classifier, pooling).eval()
+
+
+def _pooled(classifier: Any, pooling: Pooling) -> Any:
+    """Return the classifier; with a linear head in the place of its own for averaged states."""
+    if pooling == "mean":
+        for name in _heads(classifier):
+            owner = classifier if name in classifier._modules else classifier.base_model
+            setattr(owner, name, None)
+        hidden_size = classifier.config.hidden_size
+        setattr(classifier, HEAD, nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32))
+    return classifier
+
+
+def _heads(classifier: Any) -> list[str]:
+    """Return the names of what lies above the states: the head, and a pooler below it."""
+    prefix = classifier.base_model_prefix
+    parts = [(name, part) for name, part in classifier.named_children() if name != prefix]
+    pooler = getattr(classifier.base_model, "pooler", None)
+    if pooler is not None:
+        parts.append(("pooler", pooler))
+    return [name for name, part in parts if any(True for _ in part.parameters())]
+
+
+def _tensors(folder: Path, files: list[Path], expected: dict[str, Any]) -> dict[str, Tensor]:
+    """Read what was saved, if it is all that is needed.
+
+    Raises:
+        RewardModelError: a tensor is missing, or has another shape. Nothing is initialised anew:
+            such scores would look plausible and mean nothing.
+    """
+    found: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            found |= load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise RewardModelError(f"{path}: cannot be read: {error}") from None
+    for name in sorted(found.keys() | expected.keys()):
+        here, needed = (_shape(tensors.get(name)) for tensors in (found, expected))
+        if here != needed:
+            raise RewardModelError(
+                f"{folder}: {name} is {here} in the file; {needed} is needed: it was not saved"
+                " here, or on another base; run the reward stage again"
+            )
+    return found
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else str(tuple(tensor.shape))
+
+
+def _bare(classifier: Classifier) -> Any:
+    """Return the classifier itself, with the adapter that is in it."""
+    return classifier.get_base_model() if isinstance(classifier, PeftModel) else classifier
