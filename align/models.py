@@ -19,6 +19,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -36,7 +38,7 @@ from align.quantization import (
     quantization_settings,
     with_quantization,
 )
-from align.recipe import Base, Recipe, SmallLlama
+from align.recipe import Base, Recipe, SmallModel
 from align.stages import stage_directory
 
 _FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "*.jinja")
@@ -180,7 +182,7 @@ def recompute_activations(
 
 
 def new_llama(
-    section: SmallLlama, tokenizer: PreTrainedTokenizerBase, seed: int
+    section: SmallModel, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> PreTrainedModel:
     """Return a Llama with random weights in float32; the same seed gives the same weights."""
     config = LlamaConfig(
@@ -189,7 +191,7 @@ def new_llama(
         intermediate_size=section.intermediate_size,
         num_hidden_layers=section.num_layers,
         num_attention_heads=section.num_heads,
-        num_key_value_heads=section.num_kv_heads,
+        num_key_value_heads=section.num_kv_heads or section.num_heads,
         max_position_embeddings=section.max_positions,
         initializer_range=section.initializer_range,
         tie_word_embeddings=True,
@@ -203,6 +205,29 @@ def new_llama(
         model = LlamaForCausalLM(config)
     model.generation_config = neutral_generation(config)
     return model
+
+
+def new_bert(section: SmallModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """Return a BERT with random weights in float32; the same seed gives the same weights.
+
+    It has one kind of segment: separators alone tell prompt and response apart.
+    """
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=section.hidden_size,
+        intermediate_size=section.intermediate_size,
+        num_hidden_layers=section.num_layers,
+        num_attention_heads=section.num_heads,
+        max_position_embeddings=section.max_positions,
+        type_vocab_size=1,
+        initializer_range=section.initializer_range,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    without_dropout(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return BertForMaskedLM(config)
 
 
 def check_lengths(

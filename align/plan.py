@@ -10,7 +10,7 @@ from dataclasses import replace
 from align.errors import InputError
 from align.plan_items import Item, Phase, StagePlan, with_heap_holes
 from align.plan_memory import FLOAT, Compute, chunk_tokens, chunk_width, logprob_chunk_bytes
-from align.plan_model import Shape, small_llama
+from align.plan_model import Shape, small_bert, small_llama
 from align.plan_setup import (
     Setup,
     logits_item,
@@ -19,7 +19,7 @@ from align.plan_setup import (
     rows_per_pass,
     training_items,
 )
-from align.recipe import Recipe, StageName
+from align.recipe import MASKED, Recipe, StageName
 from align.recipe_distributed import rows_and_passes
 from align.recipe_ppo import Ppo
 from align.stages import planned_stages
@@ -41,11 +41,6 @@ def plan_recipe(
         InputError: an adapter's target is not a layer of the base; it is not known what the
             adapter's method takes; see ``pretrained_shape``.
     """
-    if recipe.reward is not None and recipe.reward.base is not None:
-        raise InputError(
-            f"reward.base={recipe.reward.base.id}: align plan only knows decoders; plan the other"
-            " stages with reward.base=null, which counts the reward model as an adapter"
-        )
     method, later = recipe.adapter.method, {"ppo", "evaluate"} & set(planned_stages(recipe))
     if method not in ("lora", "full") or (method == "lora" and recipe.adapter.dora):
         used = "dora=true" if recipe.adapter.dora else f"method={method}"
@@ -76,20 +71,51 @@ def pretrained_shape(recipe: Recipe) -> Shape:
         InputError: the size of its vocabulary is not known.
     """
     assert recipe.pretrain is not None
-    vocab = recipe.tokenizer.vocab_size
+    vocab, model = recipe.tokenizer.vocab_size, recipe.pretrain.model
     if vocab is None:
         raise InputError(
             f"tokenizer.id={recipe.tokenizer.id}: its size is not known before it is loaded;"
             " for the plan, give tokenizer.vocab_size as well"
         )
-    return small_llama(recipe.pretrain.model, vocab)
+    return (small_bert if recipe.pretrain.objective == "masked" else small_llama)(model, vocab)
+
+
+def pretrain_setup(setup: Setup) -> Setup:
+    """Return the setup of the pretrain stage: on the shape of what it makes."""
+    return replace(setup, shape=pretrained_shape(setup.recipe))
+
+
+def reward_setup(setup: Setup) -> Setup:
+    """Return the setup of the reward stage: with ``reward.base``, on that encoder.
+
+    Raises:
+        InputError: its shape or what its adapter takes is not known here.
+    """
+    recipe = setup.recipe
+    assert recipe.reward is not None
+    base = recipe.reward.base
+    if base is None:
+        return setup
+    if base.id != "pretrain" or recipe.pretrain is None:
+        raise InputError(
+            f"reward.base={base.id}: align plan only knows encoders that the recipe's pretrain"
+            " stage makes; plan the other stages with reward.base=null, which counts an adapter"
+        )
+    adapter = base.adapter or recipe.adapter
+    if adapter.method not in ("lora", "full") or adapter.dora:
+        raise InputError("reward.base.adapter: align plan only knows lora without dora, and full")
+    plain = recipe.base.model_copy(update={"dtype": "float32", "quantization": "none"})
+    alone = recipe.model_copy(update={"base": plain, "adapter": adapter})
+    return replace(pretrain_setup(setup), recipe=alone)
 
 
 def _pretrain(setup: Setup) -> StagePlan:
     """All weights in float32, on blocks of one length without padding."""
+    setup = pretrain_setup(setup)
     section, shape = setup.recipe.pretrain, setup.shape
     assert section is not None
     tokens = rows_and_passes(section, setup.recipe.distributed)[0] * section.sequence_length
+    guessed = round(MASKED * tokens) if section.objective == "masked" else tokens
     full, count = Compute(FLOAT, None), shape.parameters
     gradients, states = training_items([count], section)
     kept = (
@@ -100,7 +126,7 @@ def _pretrain(setup: Setup) -> StagePlan:
     training = (
         gradients,
         setup.activations(full, tokens, shape.layers, whole=True),
-        logits_item("logits, log-softmax, slope", tokens, shape.vocab, 3 * FLOAT),
+        logits_item("logits, log-softmax, slope", guessed, shape.vocab, 3 * FLOAT),
     )
     return StagePlan("pretrain", kept, (Phase("training", training),))
 
@@ -145,6 +171,7 @@ def _sft(setup: Setup) -> StagePlan:
 
 def _reward(setup: Setup) -> StagePlan:
     """One adapter and a score head; a padded row per response."""
+    setup = reward_setup(setup)
     section, recipe = setup.recipe.reward, setup.recipe
     assert section is not None
     shape, longest = setup.shape, setup.longest
@@ -247,6 +274,8 @@ def _reward_roles(setup: Setup, section: Ppo | None) -> list[Item]:
         names = {name for source in section.reward_sources for name in source.models}
     elif recipe.reward is None and not recipe.run.parents.reward:
         names = set()
+    if recipe.reward is not None and recipe.reward.base is not None:
+        names -= {"reward"}  # it reads the text, on a base of its own
     roles = [f"reward{number or ''}" for number in range(len(names))]
     return [item for role in roles for item in (setup.adapter(role), setup.head(role))]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from align.errors import InputError
-from align.recipe import SmallLlama
+from align.recipe import SmallModel
 from align.recipe_adapter import Adapter
 
 Quantization = Literal["none", "nf4", "fp4", "int8"]
@@ -123,7 +123,7 @@ def read_shape(config: Mapping[str, Any]) -> Shape:
     raise InputError(f"config.json: model_type={kind}: not one that plan knows; allowed: {known}")
 
 
-def small_llama(section: SmallLlama, vocab: int) -> Shape:
+def small_llama(section: SmallModel, vocab: int) -> Shape:
     """Return the shape of the model that the pretrain stage makes."""
     config = {
         "vocab_size": vocab,
@@ -135,6 +135,31 @@ def small_llama(section: SmallLlama, vocab: int) -> Shape:
         "tie_word_embeddings": True,
     }
     return _llama(config, "llama")
+
+
+def small_bert(section: SmallModel, vocab: int) -> Shape:
+    """Return the shape of the encoder that the pretrain stage makes; its pooler comes later."""
+    hidden, inner = section.hidden_size, section.intermediate_size
+    other = (vocab + section.max_positions + 1 + 2) * hidden  # one segment; a norm
+    return Shape(
+        family="gpt",
+        vocab=vocab,
+        hidden=hidden,
+        layers=section.num_layers,
+        heads=section.num_heads,
+        kv_heads=section.num_heads,
+        head_dim=hidden // section.num_heads,
+        intermediate=inner,
+        matrices=(
+            *(Matrix(name, hidden, hidden, True) for name in ("query", "key", "value", "dense")),
+            Matrix("dense", hidden, inner, True),
+            Matrix("dense", inner, hidden, True),
+        ),
+        norms=4 * hidden,
+        other=other,
+        tied=True,
+        mlp_kept=1,
+    )
 
 
 def _llama(config: Mapping[str, Any], kind: str) -> Shape:

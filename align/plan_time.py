@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from align.inputs import world_rows
+from align.plan import pretrain_setup, reward_setup
 from align.plan_memory import cache_bytes
 from align.plan_model import Shape, linear_bytes
 from align.plan_setup import Setup, responses_per_ranking, rows_per_pass
@@ -125,6 +126,7 @@ def plan_work(recipe: Recipe, shape: Shape) -> tuple[StageWork, ...]:
 
 
 def _pretrain(setup: Setup) -> StageWork:
+    setup = pretrain_setup(setup)
     section = setup.recipe.pretrain
     assert section is not None
     rows = section.micro_batch_size or section.batch_size
@@ -151,6 +153,7 @@ def _sft(setup: Setup) -> StageWork:
 
 
 def _reward(setup: Setup) -> StageWork:
+    setup = reward_setup(setup)
     recipe, section = setup.recipe, setup.recipe.reward
     assert section is not None
     assert recipe.data.reward is not None

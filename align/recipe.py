@@ -29,7 +29,6 @@ from align.recipe_types import (
     check_exactly_one,
     refuse,
     refuse_all,
-    refuse_planned,
 )
 
 StageName = Literal["pretrain", "sft", "reward", "ppo", "evaluate"]
@@ -171,42 +170,48 @@ class Data(Section):
     benchmark: dict[str, Source] = Field(default_factory=dict)
 
 
-class SmallLlama(Section):
-    """Shape of the Llama that the pretrain stage makes (RMSNorm, SwiGLU, RoPE, GQA)."""
+class SmallModel(Section):
+    """Shape of what the pretrain stage makes: a Llama (RMSNorm, SwiGLU, RoPE, GQA) or a BERT."""
 
     hidden_size: Positive
     num_layers: Positive
     num_heads: Positive
-    num_kv_heads: Positive
+    num_kv_heads: Positive | None = None  # null: num_heads
     intermediate_size: Positive
     max_positions: Positive
     # Spread of the first weights. A small, tied model learns to copy sooner from a larger one.
     initializer_range: PositiveFloat = 0.02
 
     @model_validator(mode="after")
-    def _check(self) -> "SmallLlama":
+    def _check(self) -> "SmallModel":
         if self.hidden_size % (2 * self.num_heads):
             refuse(
                 "hidden_size",
                 f"each of the num_heads={self.num_heads} heads needs an even width; allowed:"
                 f" multiples of {2 * self.num_heads}",
             )
-        check_divides("num_kv_heads", self.num_kv_heads, "num_heads", self.num_heads)
+        check_divides(
+            "num_kv_heads", self.num_kv_heads or self.num_heads, "num_heads", self.num_heads
+        )
         return self
 
 
-class Pretrain(Optimisation):
-    """A base made from plain text by the causal language modelling objective."""
+MASKED = 0.15  # of the tokens, that a masked model has to guess (Devlin et al. 2019)
 
+
+class Pretrain(Optimisation):
+    """A base made from plain text."""
+
+    # causal: a decoder, the base of all stages. masked: an encoder, for reward.base (Devlin 2019).
     objective: Literal["causal", "masked"] = "causal"
-    model: SmallLlama
+    model: SmallModel
     steps: Positive
     sequence_length: Positive
 
     @model_validator(mode="after")
     def _check(self) -> "Pretrain":
-        if self.objective != "causal":
-            refuse_planned("objective", "causal")
+        if self.objective == "masked" and self.model.num_kv_heads is not None:
+            refuse("model.num_kv_heads", "an encoder has none of its own; allowed: null")
         if self.sequence_length > self.model.max_positions:
             refuse(
                 "sequence_length",
@@ -290,11 +295,21 @@ class Recipe(Section):
         return self
 
     def _base_problems(self) -> list[tuple[str, str]]:
-        problems = []
+        problems, made = [], self.pretrain.objective if self.pretrain else None
         if self.base.id == "pretrain" and not (self.pretrain or self.run.parents.pretrain):
             problems.append(("base.id", "needs a pretrain section or run.parents.pretrain"))
-        if self.pretrain and self.base.id != "pretrain":
+        encoder = self.reward.base if self.reward else None
+        used = "pretrain" in (self.base.id, encoder.id if encoder else None)
+        if self.pretrain and not used:
             problems.append(("pretrain", f"has no effect while base.id={self.base.id}"))
+        if encoder and encoder.id == "pretrain" and not (made or self.run.parents.pretrain):
+            problems.append(("reward.base.id", "needs a pretrain section or run.parents.pretrain"))
+        if made == "causal" and encoder and encoder.id == "pretrain":
+            needed = "causal makes a decoder; allowed with reward.base.id=pretrain: masked"
+            problems.append(("pretrain.objective", needed))
+        if made == "masked" and self.base.id == "pretrain" and (self.sft or self.ppo):
+            needed = "pretrain.objective=masked makes an encoder, which cannot write"
+            problems.append(("base.id", f"{needed}; allowed for sft and ppo: another base"))
         if self.pretrain and self.tokenizer.vocab_size is None and self.tokenizer.id is None:
             needed = "needs tokenizer.vocab_size, to train a tokenizer, or tokenizer.id"
             problems.append(("pretrain", needed))
@@ -329,9 +344,6 @@ class Recipe(Section):
         for stage, given in from_sft.items():
             if given and not sft:
                 problems.append((stage, "starts from sft: needs an sft section or run.parents.sft"))
-        if self.reward and self.reward.base and self.reward.base.id == "pretrain":
-            needed = "the pretrain stage makes a decoder; allowed: a hub id or a folder"
-            problems.append(("reward.base.id", needed))
         if self.reward and self.reward.center_on == "demonstrations" and self.data.sft is None:
             needed = "needs the demonstrations of data.sft; allowed without them: none"
             problems.append(("reward.center_on", needed))
@@ -345,7 +357,8 @@ class Recipe(Section):
         return problems + (self._ppo_problems(self.ppo) if self.ppo else [])
 
     def _adapter_problems(self) -> list[tuple[str, str]]:
-        adapter, base, made = self.adapter, self.base, self.pretrain
+        adapter, base = self.adapter, self.base
+        made = self.pretrain if base.id == "pretrain" else None
         problems = adapter.problems_with_base(
             base.dtype, base.quantization, base.gradient_checkpointing
         )
@@ -361,7 +374,7 @@ class Recipe(Section):
         if adapter.method == "prefix" and self.evaluate:
             needed = "has no pass with the prefixes of adapter.method=prefix; drop the section"
             problems.append(("evaluate", needed))
-        if adapter.method == "bitfit" and made:
+        if adapter.method == "bitfit" and made and made.objective == "causal":
             needed = "trains biases, and the Llama of the pretrain stage has none"
             problems.append(("adapter.method", f"{needed}; allowed for it: another method"))
         count = (adapter.top_layers or 0) if adapter.method == "top_layers" else 0
@@ -387,7 +400,8 @@ class Recipe(Section):
                 problems.append(("ppo.keep", needed))
             if ppo.stop.divergence is not None:
                 problems.append(("ppo.stop.divergence", needed))
-        positions = self.pretrain.model.max_positions if self.pretrain else None
+        made = self.pretrain if self.base.id == "pretrain" else None
+        positions = made.model.max_positions if made else None
         tokens = self.data.max_prompt_tokens + ppo.max_new_tokens
         if positions is not None and tokens > positions:
             budget = f"with data.max_prompt_tokens={self.data.max_prompt_tokens} exceeds the base's"

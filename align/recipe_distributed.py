@@ -73,6 +73,9 @@ class Distributed(Section):
             if watched is not None and watched.heldout_every is not None:
                 needed = "not built in several processes: looks at held-out rows while training"
                 problems.append((f"{stage}.heldout_every", f"{needed}; allowed: null"))
+        if recipe.pretrain is not None and recipe.pretrain.objective == "masked":
+            needed = "an encoder is made by one process alone so far"
+            problems.append(("pretrain.objective", f"not built: {needed}; allowed: causal"))
         if recipe.reward is not None and recipe.reward.base is not None:
             needed = "an encoder is trained by one process alone so far"
             problems.append(("reward.base", f"not built: {needed}; make it by another recipe"))

@@ -38,7 +38,7 @@ class RewardBase(Section):
     It is loaded in float32 with its own tokenizer, and reads the text of prompt and response.
     """
 
-    id: str  # a hub id or a folder
+    id: str  # "pretrain": what this recipe's pretrain stage makes; else a hub id or a folder
     revision: str | None = None
     # Where the score is read. cls: through the head that transformers' classifier of this kind has
     # on the first token. mean: by a linear head on the mean of all tokens' states.

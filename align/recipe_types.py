@@ -49,11 +49,6 @@ def refuse(key: str, problem: str) -> NoReturn:
     refuse_all([(key, problem)])
 
 
-def refuse_planned(key: str, allowed: str) -> NoReturn:
-    """Refuse a value whose meaning does not exist yet, rather than ignore it."""
-    refuse(key, f"planned but not built yet; allowed today: {allowed}")
-
-
 def check_exactly_one(section: Section, keys: tuple[str, str, str]) -> None:
     """Refuse a section that gives none of three keys, or several."""
     given = [key for key in keys if getattr(section, key) is not None]

@@ -101,26 +101,46 @@ def train_tokenizer(texts: Iterable[str], section: TokenizerSection) -> PreTrain
     Raises:
         InputError: ``vocab_size`` leaves no room for the 256 bytes and the two special tokens.
     """
+    bpe = _train_bpe(texts, section, [PAD, END])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=END)
+    prepare_tokenizer(tokenizer, section)
+    return tokenizer
+
+
+def train_encoder_tokenizer(
+    texts: Iterable[str], section: TokenizerSection
+) -> PreTrainedTokenizerFast:
+    """Train the same for an encoder, with BERT's special tokens: ids 0 to 3, then bytes and merges.
+
+    Raises:
+        InputError: ``vocab_size`` leaves no room for the 256 bytes and the special tokens.
+    """
+    special = {"pad_token": PAD, "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    bpe = _train_bpe(texts, section, [*special.values()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+    prepare_encoder_tokenizer(tokenizer)
+    return tokenizer
+
+
+def _train_bpe(texts: Iterable[str], section: TokenizerSection, special: list[str]) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(alphabet) + 2
+    smallest = len(alphabet) + len(special)
     if section.vocab_size is None or section.vocab_size < smallest:
         raise InputError(
             f"tokenizer.vocab_size={section.vocab_size}: a byte-level tokenizer needs at least"
-            f" {smallest} (256 bytes and 2 special tokens)"
+            f" {smallest} (256 bytes and {len(special)} special tokens)"
         )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=section.vocab_size,
-        special_tokens=[PAD, END],
+        special_tokens=special,
         initial_alphabet=alphabet,
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=END)
-    prepare_tokenizer(tokenizer, section)
-    return tokenizer
+    return bpe
 
 
 def training_text(record: Record) -> str:

@@ -86,7 +86,8 @@ def base_shape(recipe: Recipe) -> Shape:
     Raises:
         InputError: there is no ``config.json``, here or on the hub, or its model is not known.
     """
-    if recipe.pretrain is not None and not recipe.run.parents.pretrain:
+    makes_base = recipe.pretrain is not None and recipe.base.id == "pretrain"
+    if makes_base and not recipe.run.parents.pretrain:
         return pretrained_shape(recipe)
     if recipe.base.id == "pretrain":
         file = stage_directory(recipe, "pretrain") / "model" / "config.json"

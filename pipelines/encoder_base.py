@@ -14,6 +14,7 @@ from align.manifest import BaseFacts
 from align.models import base_facts, check_lengths, load_settings
 from align.recipe import Base, Recipe
 from align.recipe_reward import RewardBase
+from align.stages import stage_directory
 from data.tokenizer import prepare_encoder_tokenizer
 from reward.encoder import (
     EncoderReward,
@@ -48,7 +49,9 @@ def read_encoder(recipe: Recipe, section: RewardBase) -> EncoderBase:
         InputError: it cannot be found, is no encoder, or has no room for prompt and response.
     """
     location = section.id
-    with _named(f"reward.base.id={location}"):
+    if location == "pretrain":
+        location = str(stage_directory(recipe, "pretrain") / "model")
+    with _named(f"reward.base.id={section.id}"):
         facts = base_facts(location, section.revision)
         settings = encoder_settings(recipe, location, section.revision)
         try:

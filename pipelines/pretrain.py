@@ -1,11 +1,11 @@
 """Make a base from text: train a tokenizer, then a small Llama by causal language modelling.
 
 The text becomes one stream of tokens, documents separated by the end token, cut into blocks of
-equal length: no padding, and every token but a block's first is predicted.
+equal length: no padding, and every token but a block's first is predicted. (By the other objective
+an encoder is made, in ``pipelines.pretrain_masked``.)
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
@@ -26,21 +26,23 @@ from align.models import base_facts, new_llama
 from align.recipe import Pretrain, Recipe
 from align.seeds import derive_seed
 from data.records import Record
-from data.render import Renderer, Tokens, render_all
+from data.render import Tokens
 from data.tokenizer import prepare_tokenizer, train_tokenizer, training_text
+from pipelines import pretrain_masked
+from pipelines.blocks import documents, enough_blocks, pack
 from pipelines.heldout import heldout_loss, perplexity
 from pipelines.shared_training import alone_again, share_batches
 from pipelines.stage import StageJob, StageResult
 from pipelines.trainer_checkpoints import train_to_end
 from pipelines.trainer_log import training_arguments
 
-_NO_LIMIT = 2**31
-
 
 def run(job: StageJob) -> StageResult | None:
     """Train tokenizer and model on ``data.pretrain``; write both to ``model/``."""
     section = job.recipe.pretrain
     assert section is not None
+    if section.objective == "masked":
+        return pretrain_masked.run(job)
     data = job.data["pretrain"]
 
     tokenizer = _tokenizer(job.recipe, data.train)
@@ -48,12 +50,7 @@ def run(job: StageJob) -> StageResult | None:
     heldout, heldout_dropped = documents(data.heldout, tokenizer)
     job.check_dropped("pretrain", len(train) + len(heldout), dropped + heldout_dropped)
     blocks = pack(train, section.sequence_length)
-    if len(blocks) < section.batch_size:
-        raise InputError(
-            f"data.pretrain: gives {len(blocks)} blocks of sequence_length="
-            f"{section.sequence_length} tokens, fewer than batch_size={section.batch_size};"
-            " give more text, or make one of the two smaller"
-        )
+    enough_blocks(blocks, section)
 
     job.log.note(
         f"pretrain  {blocks.numel()} tokens in {len(blocks)} blocks, vocabulary {len(tokenizer)}"
@@ -84,26 +81,6 @@ def run(job: StageJob) -> StageResult | None:
         tokenizer=tokenizer,
         base=base_facts(str(folder), None),
     )
-
-
-def documents(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], Counter[str]]:
-    """Return each record's ids, the end token last, and why records were dropped.
-
-    Text never becomes a special token, whatever it holds.
-    """
-    renderer = Renderer(tokenizer, _NO_LIMIT, _NO_LIMIT)
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else renderer.end_ids[0]
-    kept, dropped = render_all(records, renderer.document)
-    return [row if row[-1:] == [end] else [*row, end] for row in kept], dropped
-
-
-def pack(rows: Sequence[list[int]], length: int) -> Tensor:
-    """Join rows to one stream and cut it into ``[N, length]`` blocks; the rest is left out."""
-    stream = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.long)
-    whole = len(stream) // length
-    return stream[: whole * length].view(whole, length)
 
 
 def _tokenizer(recipe: Recipe, records: Sequence[Record]) -> PreTrainedTokenizerBase:

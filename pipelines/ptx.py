@@ -80,7 +80,7 @@ def _texts(
     records: tuple[Record, ...], loaded: LoadedRoles, longest: int
 ) -> tuple[list[Tokens], Counter[str]]:
     # Here, because it brings the trainer of transformers with it: seconds, and 80 MB.
-    from pipelines.pretrain import documents
+    from pipelines.blocks import documents
 
     tokenizer = loaded.tokenizer
     ids, dropped = documents(records, tokenizer)

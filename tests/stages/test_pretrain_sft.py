@@ -29,8 +29,8 @@ from data.records import Message, Prompt, Text
 from data.render import IGNORED, Renderer, Tokens
 from data.tokenizer import prepare_tokenizer
 from pipelines import sft, stage
+from pipelines.blocks import documents, pack
 from pipelines.heldout import heldout_loss
-from pipelines.pretrain import documents, pack
 from tests import offline_wandb, tiny
 
 NAMES = ["Mira", "Tom", "Lena", "Omar", "Ida", "Kofi", "Ruth", "Sven"]

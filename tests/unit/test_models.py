@@ -13,7 +13,7 @@ from align.adapter_methods import linear_names, lora_config
 from align.adapters import save_adapter
 from align.errors import InputError
 from align.models import base_facts, load_causal_lm, new_llama
-from align.recipe import Recipe, SmallLlama
+from align.recipe import Recipe, SmallModel
 from align.recipe_adapter import Adapter
 from tests import tiny
 
@@ -45,7 +45,7 @@ def small(**changes):
         "intermediate_size": 64,
         "max_positions": 64,
     }
-    return SmallLlama.model_validate(settings | changes)
+    return SmallModel.model_validate(settings | changes)
 
 
 def test_new_llama_follows_section_and_seed():

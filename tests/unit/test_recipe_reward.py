@@ -3,7 +3,8 @@
 import pytest
 
 from align.errors import InputError, RecipeError
-from align.plan import plan_recipe
+from align.models import new_bert
+from align.plan import plan_recipe, pretrained_shape
 from align.recipe_io import load_recipe
 from align.recipe_reward import Reward
 from align.stages import parent_stages
@@ -54,7 +55,22 @@ PAIR = ((Message("user", "hi"),), ("a", "b"), (1.0, 0.0))
             "an encoder has no cache for keys and values; allowed for it: any other",
         ),
         (["reward.base={id: bert, pooling: last}"], "allowed: cls or mean"),
-        (["reward.base={id: pretrain}"], "the pretrain stage makes a decoder"),
+        (
+            ["reward.base={id: pretrain}"],
+            "pretrain.objective: causal makes a decoder; allowed with reward.base.id=pretrain",
+        ),
+        (
+            ["reward.base={id: pretrain}", "pretrain=null", "tokenizer.vocab_size=null"],
+            "reward.base.id=pretrain: needs a pretrain section or run.parents.pretrain",
+        ),
+        (
+            ["pretrain.objective=masked", "pretrain.model.num_kv_heads=null"],
+            "base.id=pretrain: pretrain.objective=masked makes an encoder, which cannot write",
+        ),
+        (
+            ["pretrain.objective=masked"],
+            "pretrain.model.num_kv_heads=4: an encoder has none of its own; allowed: null",
+        ),
         (
             ["reward.base={id: bert}", "distributed.processes=2", "run.keep_checkpoints=0"],
             "an encoder is trained by one process alone so far; make it by another recipe",
@@ -78,11 +94,26 @@ def test_an_encoder_needs_no_sft_and_goes_with_every_layout_of_ppo() -> None:
         load_recipe("miniature", alone)
 
 
-def test_plan_says_that_it_does_not_count_encoders() -> None:
+def test_plan_counts_the_encoder_that_the_recipe_makes_and_says_that_it_knows_no_other() -> None:
     recipe = load_recipe("miniature", ["reward.base={id: bert}"])
-    with pytest.raises(InputError, match=r"reward.base=bert: align plan only knows decoders"):
+    with pytest.raises(InputError, match=r"reward.base=bert: align plan only knows encoders that"):
         plan_recipe(recipe, None)
-    assert plan_recipe(load_recipe("miniature", ["reward.base=null"]), None)
+    made = load_recipe("hh-rlhf/encoder")
+    bert = new_bert(made.pretrain.model, _Tokens(), seed=0)  # type: ignore[union-attr,arg-type]
+    assert pretrained_shape(made).parameters == bert.base_model.num_parameters()
+    pretrain, reward = plan_recipe(made, None)
+    (model,) = (item for item in reward.kept if item.name == "model: reward")
+    assert model.bytes == 4 * bert.base_model.num_parameters()
+    assert pretrain.peak > reward.sum("weights")
+
+
+class _Tokens:
+    """As many tokens as the recipe's tokenizer has."""
+
+    pad_token_id = 0
+
+    def __len__(self) -> int:
+        return 4096
 
 
 @pytest.mark.parametrize(
