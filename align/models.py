@@ -38,7 +38,8 @@ from align.quantization import (
     quantization_settings,
     with_quantization,
 )
-from align.recipe import Base, Recipe, SmallModel
+from align.recipe import Base, Recipe
+from align.recipe_pretrain import SmallModel
 from align.stages import stage_directory
 
 _FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "*.jinja")

@@ -19,9 +19,10 @@ from align.plan_setup import (
     rows_per_pass,
     training_items,
 )
-from align.recipe import MASKED, Recipe, StageName
+from align.recipe import Recipe, StageName
 from align.recipe_distributed import rows_and_passes
 from align.recipe_ppo import Ppo
+from align.recipe_pretrain import MASKED
 from align.stages import planned_stages
 
 _TRL_TOKENS, _TRL_VOCAB = 4096, 32768  # TRL takes the logits of SFT in tiles of this size

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from align.errors import InputError
-from align.recipe import SmallModel
 from align.recipe_adapter import Adapter
+from align.recipe_pretrain import SmallModel
 
 Quantization = Literal["none", "nf4", "fp4", "int8"]
 

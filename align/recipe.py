@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from align.recipe_adapter import Adapter
 from align.recipe_distributed import Distributed
 from align.recipe_ppo import Ppo
+from align.recipe_pretrain import Pretrain
 from align.recipe_reward import Label, Reward
 from align.recipe_run import Run
 from align.recipe_types import (
@@ -19,13 +20,11 @@ from align.recipe_types import (
     FunctionName,
     NotNegative,
     NotNegativeFloat,
-    Optimisation,
     Positive,
     PositiveFloat,
     RunName,
     Section,
     Watched,
-    check_divides,
     check_exactly_one,
     refuse,
     refuse_all,
@@ -168,57 +167,6 @@ class Data(Section):
     prompts: StageData | None = None
     # Subset -> rankings that the evaluation tests the reward model on; rows may name their own.
     benchmark: dict[str, Source] = Field(default_factory=dict)
-
-
-class SmallModel(Section):
-    """Shape of what the pretrain stage makes: a Llama (RMSNorm, SwiGLU, RoPE, GQA) or a BERT."""
-
-    hidden_size: Positive
-    num_layers: Positive
-    num_heads: Positive
-    num_kv_heads: Positive | None = None  # null: num_heads
-    intermediate_size: Positive
-    max_positions: Positive
-    # Spread of the first weights. A small, tied model learns to copy sooner from a larger one.
-    initializer_range: PositiveFloat = 0.02
-
-    @model_validator(mode="after")
-    def _check(self) -> "SmallModel":
-        if self.hidden_size % (2 * self.num_heads):
-            refuse(
-                "hidden_size",
-                f"each of the num_heads={self.num_heads} heads needs an even width; allowed:"
-                f" multiples of {2 * self.num_heads}",
-            )
-        check_divides(
-            "num_kv_heads", self.num_kv_heads or self.num_heads, "num_heads", self.num_heads
-        )
-        return self
-
-
-MASKED = 0.15  # of the tokens, that a masked model has to guess (Devlin et al. 2019)
-
-
-class Pretrain(Optimisation):
-    """A base made from plain text."""
-
-    # causal: a decoder, the base of all stages. masked: an encoder, for reward.base (Devlin 2019).
-    objective: Literal["causal", "masked"] = "causal"
-    model: SmallModel
-    steps: Positive
-    sequence_length: Positive
-
-    @model_validator(mode="after")
-    def _check(self) -> "Pretrain":
-        if self.objective == "masked" and self.model.num_kv_heads is not None:
-            refuse("model.num_kv_heads", "an encoder has none of its own; allowed: null")
-        if self.sequence_length > self.model.max_positions:
-            refuse(
-                "sequence_length",
-                "exceeds the model's positions; allowed: at most"
-                f" model.max_positions={self.model.max_positions}",
-            )
-        return self
 
 
 class Sft(Watched):

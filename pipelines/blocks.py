@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from align.errors import InputError
-from align.recipe import Pretrain
+from align.recipe_pretrain import Pretrain
 from data.records import Record
 from data.render import Renderer, render_all
 

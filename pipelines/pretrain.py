@@ -23,7 +23,8 @@ from transformers import (
 
 from align.errors import InputError
 from align.models import base_facts, new_llama
-from align.recipe import Pretrain, Recipe
+from align.recipe import Recipe
+from align.recipe_pretrain import Pretrain
 from align.seeds import derive_seed
 from data.records import Record
 from data.render import Tokens

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, Traini
 
 from align.errors import InputError
 from align.models import base_facts, new_bert
-from align.recipe import MASKED, Pretrain, Recipe
+from align.recipe import Recipe
+from align.recipe_pretrain import MASKED, Pretrain
 from align.seeds import derive_seed
 from data.records import Record
 from data.tokenizer import prepare_encoder_tokenizer, train_encoder_tokenizer, training_text

@@ -13,8 +13,9 @@ from align.adapter_methods import linear_names, lora_config
 from align.adapters import save_adapter
 from align.errors import InputError
 from align.models import base_facts, load_causal_lm, new_llama
-from align.recipe import Recipe, SmallModel
+from align.recipe import Recipe
 from align.recipe_adapter import Adapter
+from align.recipe_pretrain import SmallModel
 from tests import tiny
 
 LLAMA_LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
