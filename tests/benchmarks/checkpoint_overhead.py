@@ -57,9 +57,10 @@ def run(options: argparse.Namespace, name: str, label: str, more: list[str]) -> 
     out = options.out / f"{name}-{label}.json"
     usual = [f"run.root={json.dumps(str(options.out))}", "tracking.mode=disabled", "run.threads=1"]
     module = [sys.executable, "-m", "tests.benchmarks.checkpoint_overhead"]
-    flags = ["--measure", str(out), "--least-seconds", str(options.least_seconds)]
     stage_words = [name, str(options.recipe), *usual, *options.overrides, *more, "--force"]
-    common.run([*module, *flags, "--", *stage_words], out.with_suffix(".log"))
+    flags = ["--measure", str(out), json.dumps(stage_words)]
+    flags += ["--least-seconds", str(options.least_seconds)]
+    common.run([*module, *flags], out.with_suffix(".log"))
     facts: dict[str, float] = json.loads(out.read_text(encoding="utf-8"))
     return facts
 
@@ -102,10 +103,11 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--least-seconds", type=float, default=checkpointing._LEAST_SECONDS)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/checkpoints"))
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()
     if options.measure is not None:
-        return measure(options.measure, options.least_seconds, options.words)
+        out, words = options.measure
+        return measure(Path(out), options.least_seconds, json.loads(words))
     options.overrides, options.out = options.words, options.out.resolve()
     options.recipe = find_recipe(options.recipe).resolve()
     options.out.mkdir(parents=True, exist_ok=True)
