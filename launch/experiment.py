@@ -46,7 +46,7 @@ from launch.sums import add_sums, drop_sums, read_sums
 RECIPE = "recipe.yaml"
 REPORT = "report.html"
 EXPORT = "export.json"
-_TRACKING = "wandb"
+_TRACKING = ("wandb", "tensorboard")
 
 
 class ChildError(AlignError):
@@ -241,7 +241,7 @@ def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
 def _add_sums(run: Path, stage: StageName) -> None:
     """Write down the hashes of what a stage has left besides its outputs."""
     add_sums(run, [stage, RECIPE])
-    add_sums(run, [_TRACKING], only_new=True)
+    add_sums(run, _TRACKING, only_new=True)
 
 
 def write_report(experiment: Experiment) -> Path:

@@ -20,6 +20,7 @@ from tests.wandb_server import KEY, wandb_server
 STAGES = tuple(SETTINGS)
 LATER = {"pretrain": 5, "sft": 5, "reward": 7, "ppo": 3}  # what the last process goes on from
 FULL = ("adapter.method=full", "adapter.dropout=0.0", "ppo.layout=separate")
+SAVES = 2  # of tensors in one checkpoint: what is each process's own, and what all have in common
 KILLS = 120  # of the slow test, over all stages
 
 
@@ -67,7 +68,8 @@ def test_a_killed_stage_goes_on_bit_for_bit(again: Server, whole: dict, stage: s
     have been written by then.
     """
     shutil.rmtree(again.folder(stage))
-    at_step_2, later = (1, "during", "save_file"), (LATER[stage] - 1, "during", "save_file")
+    at_step_2 = (SAVES, "during", "save_file")
+    later = (SAVES * (LATER[stage] - 1), "during", "save_file")
     assert again.run(stage, fault=at_step_2).code == -signal.SIGKILL
     second = again.run(stage, fault=later)
     assert second.code == -signal.SIGKILL
@@ -190,7 +192,7 @@ def test_other_settings_go_on_bit_for_bit(
     expected = facts(again.folder(stage))
     shutil.rmtree(again.folder(stage))
     for _ in range(2):
-        at_its_second = (1, "during", "save_file")
+        at_its_second = (SAVES, "during", "save_file")
         assert again.run(stage, *settings, fault=at_its_second).code == -signal.SIGKILL
     last = again.run(stage, *settings)
     assert "goes on after step" in last.output
