@@ -102,7 +102,7 @@ def test_it_learns_and_says_what_it_stands_on(root: Path) -> None:
     assert made["parents"] == []
     parents = [(p["stage"], p["in_chain"]) for p in manifest(root, "ppo")["parents"]]
     assert parents == [("sft", True), ("reward", True)]
-    assert {check.state for check in verify_run(root / "runs/x").values()} == {"ok", "not made"}
+    assert {check.state for check in verify_run(root / "runs/x")[0].values()} == {"ok", "not made"}
 
 
 @torch.no_grad()
