@@ -124,7 +124,9 @@ def _parents(directory: Path, manifest: Manifest) -> list[str]:
                 f"parent {parent.stage}: {parent.path} is not what this stage was made from;"
                 " it was redone since"
             )
-        for what, theirs in found.origin.items() if parent.in_chain else ():
+        # A reward model on an encoder reads text, and need not fit.
+        alike = parent.in_chain and found.base.architecture == manifest.base.architecture
+        for what, theirs in found.origin.items() if alike else ():
             ours = manifest.origin.get(what, theirs)
             if ours != theirs:
                 problems.append(
