@@ -12,13 +12,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import PretrainedConfig, PreTrainedModel
 
 from align.bottleneck import PEFT_TYPE as BOTTLENECK
+from align.errors import ParentError
 from align.manifest import FILE as MANIFEST
 from align.recipe_adapter import Method
+from align.weights import check_fits, shapes, tensor_shapes
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -84,8 +86,20 @@ def is_adapter(folder: Path) -> bool:
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put a folder's adapter, by whatever method, on its base, which is used up; frozen."""
-    adapted: PeftModel = PeftModel.from_pretrained(base, folder)
+    """Put a folder's adapter, by whatever method, on its base, which is used up; frozen.
+
+    Raises:
+        ParentError: its file is damaged, or its tensors do not fit the base. PEFT on its own would
+            leave those that are missing as they are drawn.
+    """
+    found = tensor_shapes(folder / WEIGHTS)
+    try:
+        # What does not fit is named below.
+        adapted = PeftModel.from_pretrained(base, folder, ignore_mismatched_sizes=True)
+    except ValueError as error:  # other layers
+        raise ParentError(f"{folder}: its adapter does not fit the base: {error}") from error
+    ours = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    check_fits(folder / WEIGHTS, found, shapes(ours))
     share_config(adapted)
     return adapted
 
@@ -105,7 +119,7 @@ def trained_method(folder: Path) -> Method:
     """Return the adapter method that a folder's model was trained by, from its configuration."""
     if not is_adapter(folder):
         return "full"
-    settings: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    settings = _settings(folder)
     kind = settings["peft_type"]
     if kind == BOTTLENECK:
         return "bottleneck"
@@ -116,6 +130,22 @@ def trained_method(folder: Path) -> Method:
     if settings["bias"] != "none":
         return "bitfit"
     return "head_only" if len(settings["modules_to_save"]) == 1 else "top_layers"
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Return an adapter's configuration.
+
+    Raises:
+        ParentError: it is no JSON, or no configuration of PEFT's.
+    """
+    path = folder / CONFIG
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ParentError(f"{path}: not JSON: {error}; make the adapter again") from None
+    if not isinstance(settings, dict) or "peft_type" not in settings:
+        raise ParentError(f"{path}: names no peft_type, so this is no adapter; make it again")
+    return settings
 
 
 def stored_base(base: str, folder: Path) -> str:

@@ -41,9 +41,12 @@ from align.quantization import (
 from align.recipe import Base, Recipe
 from align.recipe_pretrain import SmallModel
 from align.stages import stage_directory
+from align.weights import check_files
 
 _FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "*.jinja")
 _TOKENIZER_FILES = ("special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json")
+# transformers would draw what is missing at random, and say so only in a warning.
+_REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def base_location(recipe: Recipe) -> str:
@@ -61,7 +64,7 @@ def base_facts(location: str, revision: str | None) -> BaseFacts:
         revision: of a hub id: a commit, branch or tag; the commit is recorded.
 
     Raises:
-        InputError: there is no such base, or it has no safetensors.
+        InputError: there is no such base, it has no safetensors, or they are damaged.
     """
     folder = Path(location)
     if folder.is_dir():
@@ -75,6 +78,7 @@ def base_facts(location: str, revision: str | None) -> BaseFacts:
         raise InputError(
             f"{location}: no safetensors there; pickled weights are refused, convert them first"
         )
+    check_files(folder)
     hashes = {path.name: _sha256(path) for path in (*weights, folder / "config.json")}
     digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
     return BaseFacts(id=name, revision=commit, sha256=digest)
@@ -130,15 +134,18 @@ def load_causal_lm(recipe: Recipe, location: str) -> PreTrainedModel:
     the device that it is computed on.
 
     Raises:
-        InputError: it cannot be found, has no safetensors, needs code that is not trusted, or is
-            stored in another precision than the recipe says.
+        InputError: it cannot be found, has no safetensors or damaged ones or another model's, needs
+            code that is not trusted, or is stored in another precision than the recipe says.
     """
     device = compute_device()
     settings = load_settings(recipe, location) | quantization_settings(recipe.base, device)
+    if Path(location).is_dir():
+        check_files(Path(location))
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(location, **settings)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(location, **settings, **_REPORTED)
     except (OSError, ValueError) as error:
         raise InputError(f"base {location}: {first_line(error)}") from error
+    model = _all_loaded(location, *loaded)
     model.generation_config = neutral_generation(model.config)
     model.eval()
     prepare_quantized(model, recipe.base, device)
@@ -159,7 +166,9 @@ def load_trained(recipe: Recipe, location: str, folder: Path) -> PeftModel | Pre
 def load_backbone(recipe: Recipe, folder: Path) -> PreTrainedModel:
     """Load what gives a whole model's hidden states, without its head, in evaluation mode."""
     settings = load_settings(recipe, str(folder))
-    model: PreTrainedModel = AutoModel.from_pretrained(folder, **settings)
+    check_files(folder)
+    loaded: Any = AutoModel.from_pretrained(folder, **settings, **_REPORTED)
+    model = _all_loaded(str(folder), *loaded)
     model.eval()
     return model
 
@@ -286,6 +295,21 @@ def dtype(base: Base) -> torch.dtype:
 def first_line(error: Exception) -> str:
     """Return the first line of a library's message, which says what happened."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _all_loaded(location: str, model: PreTrainedModel, info: dict[str, Any]) -> PreTrainedModel:
+    """Return a model; refuse weights that are not those of the one that its config describes."""
+    for name, stored, needed in sorted(info["mismatched_keys"]):
+        raise InputError(
+            f"base {location}: its weights do not fit its config.json: {name} is {tuple(stored)} in"
+            f" the files; {tuple(needed)} is needed"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"base {location}: its weights do not fit its config.json: {len(missing)} tensors are"
+            f" missing in the files, like {missing[0]}"
+        )
+    return model
 
 
 def _from_hub(location: str, revision: str | None) -> Path:

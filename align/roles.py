@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -36,6 +35,7 @@ from align.models import recompute_activations
 from align.rms_norm import fuse_norms
 from align.sequences import Sequences, micro_batches, position_ids
 from align.trunk import Trunk, trunk_depth
+from align.weights import check_fits, read_tensors, shapes
 
 Role = str
 
@@ -342,28 +342,30 @@ def _run_padded(backbone: nn.Module, sequences: Sequences) -> Tensor:
 
 
 def add_adapters(base: PreTrainedModel, adapters: Mapping[Role, Path]) -> PeftModel | None:
-    """Put one adapter per role on the base, each with its folder's weights."""
+    """Put one adapter per role on the base, each with its folder's weights.
+
+    Raises:
+        ParentError: a file is damaged, or its adapter does not fit the base.
+    """
     model: PeftModel | None = None
     for role, folder in adapters.items():
         config = LoraConfig.from_pretrained(str(folder))
         # The score head of a reward adapter is ours to hold, next to the base and not inside it.
         config.modules_to_save, config.task_type, config.inference_mode = None, None, False
         config.lora_dropout = 0.0
-        tensors = load_file(folder / WEIGHTS)
-        weights = {key: value for key, value in tensors.items() if ".lora_" in key}
+        weights = _lora_tensors(read_tensors(folder / WEIGHTS))
         try:
             if model is None:
                 model = PeftModel(base, config, adapter_name=role)
             else:
                 model.add_adapter(role, config)
-            result: Any = set_peft_model_state_dict(model, weights, adapter_name=role)
-        except (ValueError, RuntimeError) as error:  # other layers, or other sizes
+        except ValueError as error:  # other layers
             raise ParentError(f"{folder}: its adapter does not fit the base: {error}") from error
-        missing = [key for key in result.missing_keys if f".{role}." in key]
-        if missing or result.unexpected_keys:
-            raise ParentError(
-                f"{folder}: its adapter does not fit the base: {len(missing)} tensors missing"
-                f" {missing[:1]}, {len(result.unexpected_keys)} without a place"
-                f" {result.unexpected_keys[:1]}"
-            )
+        ours = get_peft_model_state_dict(model, adapter_name=role, save_embedding_layers=False)
+        check_fits(folder / WEIGHTS, shapes(weights), shapes(_lora_tensors(ours)))
+        set_peft_model_state_dict(model, weights, adapter_name=role)
     return model
+
+
+def _lora_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if ".lora_" in name}

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from align.errors import AlignError
+from align.errors import ParentError
 
 SCORE_FILE = "score.json"
 
 
-class RewardModelError(AlignError):
+class RewardModelError(ParentError):
     """A saved reward model is incomplete or not what its files say."""
 
 

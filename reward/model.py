@@ -24,7 +24,6 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -33,6 +32,7 @@ from align.adapters import WEIGHTS, is_adapter, save_trained, share_config, trai
 from align.errors import ParentError
 from align.recipe_adapter import Adapter
 from align.sequences import position_ids
+from align.weights import check_files, check_fits, read_tensors, shapes
 from reward.calibrate import RewardModelError, read_calibration, write_calibration
 
 HEAD_KEY = "base_model.model.score.weight"
@@ -263,6 +263,7 @@ def load_reward_model(causal_lm: PreTrainedModel | None, folder: str | Path) -> 
     head = load_score_head(folder)
     classifier: PeftModel | PreTrainedModel
     if causal_lm is None:
+        check_files(folder)
         classifier = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True
         )
@@ -351,25 +352,11 @@ def _check_scaling(config: LoraConfig, folder: Path) -> None:
 def _start_from(classifier: PeftModel, folder: Path) -> None:
     """Copy a folder's tensors of the backbone, all of them, onto the classifier's."""
     path = folder / WEIGHTS
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ParentError(f"{path}: cannot be read: {error}") from None
+    tensors = read_tensors(path)
     body = f"base_model.model.{_bare(classifier).base_model_prefix}."
     of_body = (body, "prompt_embeddings")
     tensors = {name: value for name, value in tensors.items() if name.startswith(of_body)}
     ours = get_peft_model_state_dict(classifier, save_embedding_layers=False)
-    expected = {name: value.shape for name, value in ours.items() if name.startswith(of_body)}
-    found = {name: value.shape for name, value in tensors.items()}
-    if found != expected:
-        name = min(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
-        raise ParentError(
-            f"{path}: does not fit the adapter on this base: {name} is"
-            f" {_shape(found.get(name))} in the file; {_shape(expected.get(name))} is needed."
-            " Use the same base and adapter section in all stages"
-        )
+    expected = {name: value for name, value in ours.items() if name.startswith(of_body)}
+    check_fits(path, shapes(tensors), shapes(expected))
     set_peft_model_state_dict(classifier, ours | tensors)
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "missing" if shape is None else str(tuple(shape))
