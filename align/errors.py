@@ -44,3 +44,8 @@ def stopped_by(signum: int) -> str:
 def printable(text: str) -> str:
     """Return a text from a file as a message may hold it: nothing in it steers a terminal."""
     return text if text.isprintable() else ascii(text)
+
+
+def printable_lines(text: str) -> str:
+    """Return a message of several lines so that it can be shown; see ``printable``."""
+    return "\n".join(map(printable, text.split("\n")))

@@ -13,7 +13,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from align.errors import TrainingError
+from align.errors import TrainingError, printable_lines
 from align.manifest import METRICS
 
 # What a progress line has room for, in this order; everything else is in the file.
@@ -100,13 +100,18 @@ class MetricsLog:
 
     def note(self, text: str) -> None:
         """Show a line of text; above the progress bar if there is one."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        show(self._console, text)
 
     def close(self) -> None:
         """Take the progress bar away."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def show(console: Console, text: str) -> None:
+    """Show lines of text, whatever a model or a file has put into them."""
+    console.print(printable_lines(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def format_values(values: dict[str, float]) -> str:

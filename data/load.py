@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-from align.errors import DataError
+from align.errors import DataError, printable_lines
 from align.inputs import source_fingerprint, stage_data
 from align.manifest import DataFacts
 from align.recipe import Recipe, Source, StageData, StageName
@@ -303,4 +303,4 @@ def _prompt_of(record: Record) -> str | tuple[Message, ...]:
 
 
 def _print(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(printable_lines(text), file=sys.stderr)

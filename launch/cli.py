@@ -17,7 +17,7 @@ import typer
 from typer.models import ArgumentInfo
 
 from align import __version__
-from align.errors import AlignError, InputError, stopped_by
+from align.errors import AlignError, InputError, printable, stopped_by
 from align.recipe import StageName
 from launch import experiment as experiments
 from launch.experiment import ChildError, Experiment, Settings
@@ -335,7 +335,7 @@ def _fail(error: AlignError | OSError) -> NoReturn:
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     for line in text.splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(line)}", file=sys.stderr)
     sys.exit(error.exit_code if isinstance(error, AlignError) else 1)
 
 

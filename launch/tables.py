@@ -4,6 +4,8 @@ import json
 import math
 from typing import Any
 
+from align.errors import printable
+
 MODELS = ("base", "sft", "reward", "ppo")
 
 
@@ -19,11 +21,12 @@ def by_model(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
 def print_table(metrics: dict[str, dict[str, float]]) -> None:
     """Print a column per model."""
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
-    width = max(map(len, names), default=0)
+    shown = [printable(name) for name in names]  # the data names categories
+    width = max(map(len, shown), default=0)
     print(" " * width + "".join(f"{model:>12}" for model in metrics))
-    for name in names:
+    for name, label in zip(names, shown, strict=True):
         cells = (f"{v[name]:12.4g}" if name in v else " " * 12 for v in metrics.values())
-        print(f"{name:{width}}{''.join(cells)}".rstrip())
+        print(f"{label:{width}}{''.join(cells)}".rstrip())
 
 
 def readable(value: Any) -> str:

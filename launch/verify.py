@@ -8,7 +8,7 @@ they lay: a tree that was moved or copied stays valid.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from align.errors import AlignError, DataError, InputError, ParentError
+from align.errors import AlignError, DataError, InputError, ParentError, printable
 from align.inputs import named_sha256, source_fingerprint, stage_data
 from align.manifest import FILE, Manifest, read_manifest, sha256_file
 from align.recipe import StageName
@@ -169,6 +169,6 @@ def print_check(name: str, check: StageCheck, prefix: str) -> None:
     """Print what was found, a line for each problem and note."""
     print(f"{name}: {check.state}" + (f" ({check.files} files)" if check.files else ""))
     for problem in check.problems:
-        print(f"  {prefix}{problem}")
+        print(f"  {printable(prefix + problem)}")
     for note in check.notes:
-        print(f"  note: {prefix}{note}")
+        print(f"  note: {printable(prefix + note)}")

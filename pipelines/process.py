@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from align import group
-from align.errors import AlignError, stopped_by
+from align.errors import AlignError, printable_lines, stopped_by
 from align.recipe import Recipe
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -112,7 +112,7 @@ def exit_code(name: str, work: Callable[[], None], *, debug: bool) -> int:
         except (AlignError, OSError) as error:
             if debug:
                 traceback.print_exc()
-            print(f"{name}: {error}", file=sys.stderr)
+            print(printable_lines(f"{name}: {error}"), file=sys.stderr)
             return error.exit_code if isinstance(error, AlignError) else 1
     return 0
 

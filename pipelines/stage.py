@@ -32,7 +32,7 @@ from align.errors import AlignError, DataError, InputError, ParentError, stopped
 from align.inputs import named_sha256
 from align.lock import locked
 from align.manifest import BaseFacts, Manifest
-from align.metrics import MetricsLog, format_values
+from align.metrics import MetricsLog, format_values, show
 from align.recipe import Recipe, StageName
 from align.recipe_io import dump_recipe, load_recipe
 from align.tracking import RunTracker, start_tracker
@@ -152,7 +152,7 @@ class StageJob:
 
     def _find_checkpoint(self) -> Checkpoint | None:
         def say(text: str) -> None:
-            _say(self.console, f"{self.stage}  {text}")
+            show(self.console, f"{self.stage}  {text}")
 
         if self.force:
             return None
@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     _run(job)
             code = 0
         except Stopped as stopped:
-            _say(console, f"{options.stage}: {stopped_by(stopped.signum)}")
+            show(console, f"{options.stage}: {stopped_by(stopped.signum)}")
             code = 128 + stopped.signum
         except Exception as error:
             if options.debug:
@@ -281,7 +281,7 @@ def _tell(stage: str, error: Exception) -> int:
     code = error.exit_code if isinstance(error, AlignError) else 1
     if code != 2 or group.is_first():
         who = f"{stage}: rank {group.rank()}" if group.size() > 1 and code != 2 else stage
-        _say(Console(stderr=True), f"{who}: {_message(error)}")
+        show(Console(stderr=True), f"{who}: {_message(error)}")
     return code
 
 
@@ -305,14 +305,14 @@ def _prepare(options: argparse.Namespace, console: Console, signals: Signals) ->
     directory = stages.stage_directory(recipe, stage)
     if not options.force and stages.why_not_done(recipe, stage) is None:
         remove_checkpoints(directory)  # of a process that was killed at its very end
-        _say(console, f"{stage}: finished and up to date in {directory}; --force redoes it")
+        show(console, f"{stage}: finished and up to date in {directory}; --force redoes it")
         return None
     manifests.check_replaceable(directory)
     parents = stages.read_parents(recipe, stage)
     reward_models = stages.read_reward_models(recipe, stage)
     data = load_records(recipe, stage)
     for name, loaded in data.items():
-        _say(console, _summary(stage, name, loaded))
+        show(console, _summary(stage, name, loaded))
     return StageJob(
         recipe,
         stage,
@@ -340,10 +340,10 @@ def _run(job: StageJob) -> None:
     result: StageResult | None = module.run(job)
     if result is None:
         return
-    _say(job.console, f"{job.stage}  done  {_final(result.metrics)}")
+    show(job.console, f"{job.stage}  done  {_final(result.metrics)}")
     for name, (_, dropped) in job.tokenised.items():
         if dropped:
-            _say(job.console, f"{job.stage}  {name}  dropped as tokens: {_reasons(dropped)}")
+            show(job.console, f"{job.stage}  {name}  dropped as tokens: {_reasons(dropped)}")
     write_record(job, result, started)
     remove_checkpoints(job.directory)
 
@@ -387,10 +387,6 @@ def _reasons(dropped: Counter[str]) -> str:
 
 def _final(metrics: dict[str, float]) -> str:
     return format_values(metrics) or f"{len(metrics)} metrics in {manifests.FILE}"
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
