@@ -21,8 +21,14 @@ def locked(directory: Path) -> Iterator[dict[str, str]]:
         should we be killed; they also have to inherit our open files.
 
     Raises:
-        InputError: another process holds it.
+        InputError: another process holds it, or it lies behind a link that leads nowhere.
     """
+    for path in (directory, *directory.parents):
+        if path.is_symlink() and not path.exists():
+            raise InputError(
+                f"{path}: is a link to nothing, or to itself; remove it, or choose another name or"
+                " run.root"
+            )
     inherited = {_HELD: str(directory.resolve())}
     if inherited.items() <= os.environ.items():
         yield inherited

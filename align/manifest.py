@@ -19,6 +19,7 @@ from align.recipe import StageName
 FILE = "stage.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+RECIPE = "recipe.yaml"
 MARKS = (FILE, METRICS)  # what tells a stage's folder from any other
 
 
@@ -187,9 +188,17 @@ def read_manifest(directory: Path, stage: StageName) -> Manifest:
 def check_replaceable(directory: Path) -> None:
     """Refuse to put a stage in the place of something else: a folder that no stage has made.
 
+    Nor is anything written through a link: what it points to is not the stage's.
+
     Raises:
-        InputError: it holds something, and none of ``MARKS``.
+        InputError: it holds something, and none of ``MARKS``; or it, something in it, or the
+            recipe beside it is a link.
     """
+    for link in links_in(directory, directory.parent / RECIPE):
+        raise InputError(
+            f"{link}: is a link; a stage's folder holds plain files and folders, so remove it, or"
+            " change name or run.root"
+        )
     if not directory.is_dir() or any((directory / mark).is_file() for mark in MARKS):
         return
     first = min((path.name for path in directory.iterdir()), default=None)
@@ -198,6 +207,17 @@ def check_replaceable(directory: Path) -> None:
             f"{directory}: would be replaced, and is no stage's folder: it holds {first}, but"
             f" neither {' nor '.join(MARKS)}; change name or run.root"
         )
+
+
+def links_in(*paths: Path) -> list[Path]:
+    """Return the symbolic links among the paths and in the folders; none is followed."""
+    links = [path for path in paths if path.is_symlink()]
+    for path in paths:
+        if path not in links:
+            for folder, folders, files in os.walk(path):
+                inside = (Path(folder) / name for name in sorted(folders + files))
+                links += [entry for entry in inside if entry.is_symlink()]
+    return links
 
 
 def begin_folder(directory: Path) -> None:
@@ -214,7 +234,7 @@ def begin_folder(directory: Path) -> None:
     mark.touch()
     (directory / FILE).unlink(missing_ok=True)
     for path in directory.iterdir():
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir():
             shutil.rmtree(path)
         elif path != mark:
             path.unlink()

@@ -17,6 +17,8 @@ from align.stages import STAGES
 from launch.sums import FILE as SUMS
 from launch.sums import plain_files, read_sums
 
+_LINK = "is a link; a run tree holds plain files"
+
 
 @dataclass
 class StageCheck:
@@ -88,9 +90,11 @@ def _verify_stage(
     folders = {name.partition("/")[0] for name in manifest.outputs if "/" in name}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_dir() or name in manifest.outputs or name in sums:
+        if name in manifest.outputs or name in sums:
             continue
-        if complete or name.partition("/")[0] in folders:
+        if path.is_symlink():
+            problems.append(f"{name}: {_LINK}")
+        elif not path.is_dir() and (complete or name.partition("/")[0] in folders):
             problems.append(f"{name}: is unexpected; neither its manifest nor {SUMS} names it")
     problems += _parents(directory, manifest)
     changed, notes = _inputs(directory, manifest)
@@ -103,7 +107,7 @@ def _differing(directory: Path, expected: dict[str, str], where: str) -> list[st
     for name, sha256 in expected.items():
         path = directory / name
         if path.is_symlink():
-            problems.append(f"{name}: is a link; a run tree holds plain files")
+            problems.append(f"{name}: {_LINK}")
         elif not path.is_file():
             problems.append(f"{name}: is missing")
         elif sha256_file(path) != sha256:
