@@ -52,8 +52,8 @@ class EventFile:
         scalars = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
         self._write(step=step, summary=Summary(value=scalars))
 
-    def record(self, manifest: dict[str, Any]) -> None:
-        """Leave the manifest where it is: beside the rows."""
+    def record(self, manifest: dict[str, Any], folder: Path) -> None:
+        """Leave the manifest and the samples where they are: beside the rows."""
 
     def finish(self, exit_code: int) -> None:
         """Close the file."""

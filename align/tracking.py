@@ -26,7 +26,7 @@ class Guest(Protocol):
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
 
-    def record(self, manifest: dict[str, Any]) -> None: ...
+    def record(self, manifest: dict[str, Any], folder: Path) -> None: ...
 
     def finish(self, exit_code: int) -> None: ...
 
@@ -43,9 +43,9 @@ class RunTracker:
         """Send the values of one step."""
         self._try(lambda guest: guest.log(step, values))
 
-    def record(self, manifest: dict[str, Any]) -> None:
-        """Send the manifest of the finished stage."""
-        self._try(lambda guest: guest.record(manifest))
+    def record(self, manifest: dict[str, Any], folder: Path) -> None:
+        """Send the manifest of the finished stage, and what else its folder has for the tracker."""
+        self._try(lambda guest: guest.record(manifest, folder))
 
     def finish(self, exit_code: int) -> None:
         """End the tracking; 0 marks the stage as finished, anything else as failed."""

@@ -1,5 +1,6 @@
 """A Weights & Biases run of a stage: online with a key, else offline; it never asks."""
 
+import json
 import netrc
 import os
 import re
@@ -8,11 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+from align.manifest import METRICS, SAMPLES
 from align.recipe import Recipe, StageName
 
 # A recipe has no place for secrets; this keeps one out that came in as a free name.
 _SECRET_WORDS = {"key", "apikey", "token", "secret", "password"}
 Mode = Literal["online", "offline", "disabled"]
+
+_CURVE = ("step", "kl/mean", "score/mean")  # of PPO's steps; the last two are the chart's axes
 
 _INIT_TIMEOUT = 20.0  # seconds until a run without a network goes on offline
 _FINISH_TIMEOUT = 60.0  # seconds for the last upload; what is missing then is still on disk
@@ -33,9 +37,26 @@ class WandbRun:
         if step >= self._first:
             self._run.log(dict(values), step=step)
 
-    def record(self, manifest: dict[str, Any]) -> None:
-        """Put the manifest of the finished stage beside the recipe in the run's configuration."""
+    def record(self, manifest: dict[str, Any], folder: Path) -> None:
+        """Add what a finished stage leaves: its manifest, and tables of what its files hold.
+
+        The manifest goes beside the recipe in the run's configuration. The tables are of all the
+        samples and, after PPO, of the reward at every KL to the reference, which makes a chart.
+        """
+        import wandb
+
         self._run.config.update({"manifest": without_secrets(manifest)})
+        tables: dict[str, Any] = {}
+        if samples := [_cells(row) for row in _rows(folder / SAMPLES)]:
+            columns = list(dict.fromkeys(key for row in samples for key in row))
+            data = [[row.get(column) for column in columns] for row in samples]
+            tables["samples"] = wandb.Table(columns, data, allow_mixed_types=True)
+        if steps := [row for row in _rows(folder / METRICS) if set(_CURVE) <= set(row)]:
+            curve = wandb.Table(list(_CURVE), [[row[key] for key in _CURVE] for row in steps])
+            title = "reward over KL to the reference"
+            tables["reward_kl"] = wandb.plot.scatter(curve, *_CURVE[1:], title=title)
+        if tables:
+            self._run.log(tables)  # of the last step that was logged
 
     def finish(self, exit_code: int) -> None:
         """End the run; 0 marks it as finished, anything else as failed."""
@@ -64,6 +85,8 @@ def start_wandb(
         return None
     # Telemetry of the client's own: a server that does not answer holds the process up at its end.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    # Tables wait there for their upload; else below the home directory.
+    os.environ.setdefault("WANDB_DATA_DIR", str(directory / "wandb"))
     import wandb
 
     def start(mode: Mode) -> WandbRun:
@@ -109,6 +132,26 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_secrets(item) for item in value]
     return value
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in a file of JSON lines; none if it is not there."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def _cells(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a sample as cells of a table: conversations as text, what is nested under its path."""
+    cells: dict[str, Any] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            cells |= {f"{key}/{inner}": cell for inner, cell in _cells(value).items()}
+        elif isinstance(value, list):
+            cells[key] = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in value)
+        else:
+            cells[key] = value
+    return cells
 
 
 def _mode(recipe: Recipe) -> Mode:

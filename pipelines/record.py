@@ -66,7 +66,7 @@ def write_record(job: "StageJob", result: "StageResult", started: str) -> None:
     )
     manifests.write_manifest(job.directory, manifest)
     if job.tracker is not None:
-        job.tracker.record(manifest.model_dump(mode="json"))
+        job.tracker.record(manifest.model_dump(mode="json"), job.directory)
 
 
 def library_versions(recipe: Recipe) -> dict[str, str]:

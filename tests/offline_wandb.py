@@ -33,6 +33,13 @@ def history(directory: Path) -> list[dict]:
     return _parsed(directory, "history")
 
 
+def table(directory: Path, row: dict, name: str) -> tuple[list[str], list[list]]:
+    """Return a table's columns and data: a row of the history says where it lies."""
+    (file,) = directory.rglob(row[f"{name}/path"])
+    content = json.loads(file.read_text())
+    return content["columns"], content["data"]
+
+
 def config(directory: Path) -> str:
     """Return the configuration of the only run under ``directory``, as JSON text."""
     return "".join(_parsed(directory, "config"))
@@ -57,6 +64,10 @@ def _parsed(directory: Path, kind: str) -> list:
     for record in _complete(path):
         if kind == "config" and record.HasField("run"):
             rows += [f"{item.key}={item.value_json}\n" for item in record.run.config.update]
+        if kind == "config" and record.HasField("config"):
+            for item in record.config.update:
+                key = "/".join(item.nested_key) or item.key
+                rows.append(f"{key}={item.value_json}\n")
         if kind == "history" and record.HasField("history"):
             items = {
                 "/".join(item.nested_key) or item.key: json.loads(item.value_json)

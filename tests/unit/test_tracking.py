@@ -1,5 +1,6 @@
 """Weights & Biases: offline for real, read back; and every way in which it may fail."""
 
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tests import offline_wandb
 def _no_account(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "waiting"))
 
 
 def recipe(mode="auto"):
@@ -149,3 +151,61 @@ def test_online_without_key_never_asks(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "going on offline" in done.stderr
     assert offline_wandb.history(tmp_path / "wandb") == [{"step": 1, "loss": 1.0}]
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_samples_and_the_reward_over_the_kl_are_tables(tmp_path):
+    """All of a stage's, whatever part of it this process has made."""
+    stage = tmp_path / "ppo"
+    stage.mkdir()
+    turns = [{"role": "user", "content": "Tom?"}, {"role": "assistant", "content": "Yes?"}]
+    samples = [
+        {"step": 0, "prompt": turns, "response": "<b>a</b>\u2028", "score": 1.5},
+        {"step": 2, "prompt": turns[:1], "response": "", "score": -1.0, "gold": 0.25},
+    ]
+    lines(stage / "samples.jsonl", samples)
+    kl = [{"step": step, "kl/mean": step / 2, "score/mean": 3.0 - step} for step in (1, 2)]
+    lines(stage / "metrics.jsonl", [{"step": 0, "probe/score": 1.0}, *kl])
+    tracker = start_tracker(recipe(), "ppo", tmp_path)
+    tracker.log(2, {"score/mean": 1.0})
+    tracker.record({"stage": "ppo"}, stage)
+    tracker.finish(0)
+    (row,) = offline_wandb.history(tmp_path / "wandb")
+    assert (row["step"], row["score/mean"]) == (2, 1.0)
+    assert offline_wandb.table(tmp_path / "wandb", row, "samples") == (
+        ["step", "prompt", "response", "score", "gold"],
+        [
+            [0, "user: Tom?\n\nassistant: Yes?", "<b>a</b>\u2028", 1.5, None],
+            [2, "user: Tom?", "", -1.0, 0.25],
+        ],
+    )
+    assert offline_wandb.table(tmp_path / "wandb", row, "reward_kl_table") == (
+        ["step", "kl/mean", "score/mean"],
+        [[1, 0.5, 2.0], [2, 1.0, 1.0]],
+    )
+    config = offline_wandb.config(tmp_path / "wandb")
+    assert "reward_kl" in config
+    assert "kl/mean" in config
+
+
+def test_an_evaluations_samples_hold_the_answers_side_by_side(tmp_path):
+    row = {
+        "category": "facts",
+        "prompt": [{"role": "user", "content": "Tom?"}],
+        "responses": {
+            "sft": {"text": "a", "score": 1.0, "ended": True},
+            "ppo": {"text": "b", "score": 2.0, "ended": False},
+        },
+    }
+    lines(tmp_path / "samples.jsonl", [row])
+    tracker = start_tracker(recipe(), "evaluate", tmp_path)
+    tracker.record({}, tmp_path)
+    tracker.finish(0)
+    (logged,) = offline_wandb.history(tmp_path / "wandb")
+    columns, data = offline_wandb.table(tmp_path / "wandb", logged, "samples")
+    answers = [f"responses/{m}/{key}" for m in ("sft", "ppo") for key in ("text", "score", "ended")]
+    assert columns == ["category", "prompt", *answers]
+    assert data == [["facts", "user: Tom?", "a", 1.0, True, "b", 2.0, False]]
