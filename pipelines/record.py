@@ -62,7 +62,7 @@ def write_record(job: "StageJob", result: "StageResult", started: str) -> None:
         outputs=manifests.sha256_outputs(job.directory, result.outputs),
         wandb_id=job.tracker.id if job.tracker is not None else None,
         started=started,
-        finished=now(),
+        finished=max(started, now()),  # the clock may have gone back
     )
     manifests.write_manifest(job.directory, manifest)
     if job.tracker is not None:
