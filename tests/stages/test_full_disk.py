@@ -2,15 +2,20 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import pipelines.sft
+from align import manifest
 from align.checkpoints import FOLDER
 from align.manifest import FILE, METRICS
+from pipelines import stage
 from tests.faults import Server, facts
 
 pytestmark = pytest.mark.slow
@@ -57,11 +62,11 @@ def test_a_full_disk_ends_the_stage_and_space_lets_it_go_on(server: Server, disk
     whole = server.run("pretrain")
     assert whole.code == 0, whole.output
     expected = facts(server.folder("pretrain"))
-    stage = server.folder("pretrain")
-    (stage / FILE).unlink()
+    folder = server.folder("pretrain")
+    (folder / FILE).unlink()
     killed = server.run("pretrain", "--force", fault=(2, "after", "log"))
     assert killed.code == -signal.SIGKILL
-    newest = max((stage / FOLDER).glob("step-*"))
+    newest = max((folder / FOLDER).glob("step-*"))
     ballast = fill(disk, leave=8192)
     full = server.run("pretrain")
     assert full.code == 1, full.output
@@ -69,12 +74,12 @@ def test_a_full_disk_ends_the_stage_and_space_lets_it_go_on(server: Server, disk
     assert "No space left on device" in full.output
     assert "Free some space; the same command goes on" in full.output
     assert newest.is_dir()
-    assert not (stage / FILE).exists()
+    assert not (folder / FILE).exists()
     ballast.unlink()
     done = server.run("pretrain")
     assert done.code == 0, done.output
     assert "goes on after step" in done.output
-    assert facts(stage) == expected
+    assert facts(folder) == expected
 
 
 @pytest.mark.parametrize("backend", ["tensorboard", "wandb"])
@@ -107,3 +112,69 @@ def test_a_read_only_run_directory_is_named(server: Server, disk: Path) -> None:
     assert RUN in done.output
     assert "Traceback" not in done.output
     assert before.read_text() == "as it is"
+
+
+SMALL = ("tracking.mode=disabled", "run.threads=1", "run.checkpoint_steps=1")
+
+
+def sft(runs: Path) -> int:
+    return stage.main(["sft", "miniature/smoke", f"run.root={runs}", *SMALL, "sft.samples=4"])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs with a finished sft stage, and its parent."""
+    runs = tmp_path_factory.mktemp("finished")
+    steps = "pretrain.steps=2"
+    assert stage.main(["pretrain", "miniature/smoke", f"run.root={runs}", *SMALL, steps]) == 0
+    assert sft(runs) == 0
+    return runs / "miniature-smoke"
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (pipelines.sft, "save_trained"),
+        (stage.StageJob, "sample"),
+        (manifest, "write_manifest"),
+    ],
+    ids=["model", "samples", "manifest"],
+)
+def test_a_disk_that_is_full_at_the_end(
+    finished: Path,
+    tmp_path: Path,
+    place: Any,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Filled up right before this write, on a real disk."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", str(runs))
+    try:
+        shutil.copytree(finished / "pretrain", runs / "miniature-smoke/pretrain")
+        write = getattr(place, name)
+
+        def on_a_full_disk(*arguments: Any, **named: Any) -> Any:
+            fill(runs, leave=0)
+            return write(*arguments, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, on_a_full_disk)
+            assert sft(runs) == 1
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert "No space left on device" in said
+        assert "Free some space; the same command goes on from the last checkpoint" in said
+        folder = runs / "miniature-smoke/sft"
+        assert not (folder / FILE).exists()
+        last = max((folder / FOLDER).glob("step-*"))
+        (runs / "ballast").unlink()
+        assert sft(runs) == 0
+        assert f"goes on after step {int(last.name[5:])}," in capsys.readouterr().err.replace(
+            "\n", " "
+        )
+        assert facts(folder) == facts(finished / "sft")
+    finally:
+        subprocess.run(["umount", "-l", str(runs)], check=True)
