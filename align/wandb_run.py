@@ -50,7 +50,7 @@ class WandbRun:
         if samples := [_cells(row) for row in _rows(folder / SAMPLES)]:
             columns = list(dict.fromkeys(key for row in samples for key in row))
             data = [[row.get(column) for column in columns] for row in samples]
-            tables["samples"] = wandb.Table(columns, data, allow_mixed_types=True)
+            tables["samples"] = wandb.Table([*columns], data, allow_mixed_types=True)
         if steps := [row for row in _rows(folder / METRICS) if set(_CURVE) <= set(row)]:
             curve = wandb.Table(list(_CURVE), [[row[key] for key in _CURVE] for row in steps])
             title = "reward over KL to the reference"
