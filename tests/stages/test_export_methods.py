@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from align.adapter_methods import adapter_config
@@ -144,6 +145,34 @@ def test_the_reward_model_gives_the_same_scores(
     for logits in (found["alone"], found["batch"]):
         assert [logit[0] - offset for logit in logits] == pytest.approx(expected, abs=1e-4)
     assert json.loads((folder / "export.json").read_text())["drift"]["score/max"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("stage", "key"),
+    [("sft", "kl/mean"), pytest.param("reward", "score/mean", marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("method", ["full", "head_only", "top_layers", "bitfit"])
+def test_rounded_to_bfloat16_it_drifts_and_beyond_the_threshold_it_is_refused(
+    exports: dict[str, tuple[Path, Any, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+    stage: str,
+    key: str,
+) -> None:
+    whole, _, _ = exports[f"gpt2-{method}-{stage}"]
+    run, out = whole.parent / "x", tmp_path / "out"
+    rounded = ("--dtype", "bfloat16")
+    assert run_export(run, stage, out, *rounded, "--max-drift", "1e-9") == 1
+    assert f"the exported model is not the trained one: {key} " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert run_export(run, stage, out, *rounded) == 0
+    drift = json.loads((out / "export.json").read_text())["drift"]
+    assert 1e-7 < drift[key] < 0.01
+    expected = load_file(whole / "model.safetensors")
+    found = load_file(out / "model.safetensors")
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name].bfloat16()) for name in expected)
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "prefix"])
