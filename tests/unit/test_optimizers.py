@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from transformers import Trainer, TrainingArguments
 
 from align.engine import Engine
 from align.errors import InputError
 from align.recipe_types import Optimisation
+from pipelines.trainer_log import training_arguments
 
 LR, EPS, DECAY = 1e-2, 1e-5, 0.1
 # Per number and five steps: 8-bit states are rough, but no step is far off.
@@ -54,6 +56,27 @@ def test_five_steps_of_every_optimiser(name):
     states = engine.optimizer.state[parameter]
     large = {t.dtype for t in states.values() if isinstance(t, torch.Tensor) and t.numel() > 4096}
     assert large == ({torch.uint8} if name.endswith("8bit") else {torch.float32})
+    made = engine.optimizer.optimizer
+    assert getattr(made, "is_paged", False) == name.startswith("paged")
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "paged"),
+    [
+        ("adamw", None, None),
+        ("adamw_8bit", 8, False),
+        ("paged_adamw", 32, True),
+        ("paged_adamw_8bit", 8, True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*[Pp]aged")
+def test_a_trainer_makes_the_one_that_the_recipe_names(tmp_path, name, bits, paged):
+    arguments = training_arguments(TrainingArguments, section(name), tmp_path, steps=1, seed=0)
+    layer = nn.Linear(2, 2)
+    made = Trainer(layer, arguments).create_optimizer()
+    assert isinstance(made, torch.optim.AdamW) == (bits is None)
+    assert getattr(made, "is_paged", None) is paged
+    assert getattr(getattr(made, "args", None), "optim_bits", None) == bits
 
 
 def test_without_bitsandbytes_the_message_says_what_to_install(monkeypatch):

@@ -7,20 +7,25 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, modules
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from rich.console import Console
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from align.adapter_methods import check_trained, lora_config
 from align.errors import InputError, ParentError, TrainingError
 from align.manifest import BaseFacts, check_same_origin, find_manifest
 from align.models import load_causal_lm, recipe_base_facts
-from align.quantization import compute_dtype
+from align.quantization import compute_dtype, prepare_quantized
 from align.recipe import Base, Recipe
 from align.recipe_adapter import Adapter
 from align.roles import Roles
 from align.sequences import join
+from data.render import Tokens
+from pipelines import reward_model, sft
+from pipelines.stage import StageJob
 from reward.model import load_reward_model, new_reward_model
 from tests import tiny
 from tests.adapters import sft_adapter
@@ -132,6 +137,26 @@ def test_only_the_body_is_quantised_and_all_of_it(folder, kind, double):
     assert not model.training
 
 
+def test_an_embedding_in_4_bits_is_refused(folder):
+    model = load(folder)
+    model.set_input_embeddings(bnb.nn.EmbeddingNF4(320, 64))
+    with pytest.raises(InputError, match="its model.embed_tokens is stored in nf4; heads and"):
+        prepare_quantized(model, recipe(folder).base, torch.device("cpu"))
+
+
+def test_a_base_that_came_in_another_precision_is_noticed(folder):
+    for model, kind, expected in (
+        (llama(), "nf4", "no layer was loaded in nf4"),
+        (load(folder), "fp4", "q_proj was not loaded in fp4"),
+        (load(folder), "int8", "q_proj was not loaded in int8"),
+    ):
+        with pytest.raises(TrainingError, match=expected):
+            prepare_quantized(model, recipe(folder, kind).base, torch.device("cpu"))
+    asked = recipe(folder, double_quantization=True).base
+    with pytest.raises(TrainingError, match="was not loaded in nf4 with double quantisation"):
+        prepare_quantized(load(folder), asked, torch.device("cpu"))
+
+
 def test_tied_embeddings_stay_whole(tmp_path):
     llama(tie_word_embeddings=True).save_pretrained(tmp_path)
     model = load(tmp_path)
@@ -214,6 +239,10 @@ def test_a_checkpoint_that_is_quantised_already_loads_as_it_is(folder, tmp_path)
     model = load(there)
     assert {layer.compute_dtype for layer in body(model)} == {torch.float32}  # ours, not its own
     assert not any(layer.support_avx512bf16_for_cpu for layer in body(model))
+    assert {type(layer) for layer in body(model)} == {Linear4bit}
+    assert type(model.lm_head) is nn.Linear
+    whole = {parameter.dtype for n, parameter in model.named_parameters() if "_proj" not in n}
+    assert whole == {torch.float32}  # embeddings, norms and head
     assert torch.equal(logits(model), logits(load(folder)))
 
 
@@ -271,6 +300,56 @@ def test_what_is_trained_is_checked(folder):
     model.get_base_model().lm_head.weight.requires_grad_(True)
     with pytest.raises(TrainingError, match="lm_head"):
         check_trained(model, "lora")
+
+
+def training_job(folder, tmp_path):
+    training = {"lr": 1e-3, "batch_size": 2}
+    stages = {stage: {"train": [{"world": "pairs"}]} for stage in ("sft", "reward")}
+    settings = recipe(folder).model_dump() | {"sft": training, "reward": training, "data": stages}
+    made = Recipe.model_validate(settings | {"adapter": {"r": 4, "alpha": 8.0}})
+    return StageJob(made, "sft", tmp_path / "sft", {}, {}, Console(quiet=True))
+
+
+ROWS = [Tokens([5, 6, 7, 8], [-100, -100, 7, 8]), Tokens([4, 3, 1], [-100, 3, 1])]
+
+
+# PEFT's preparation for training in few bits freezes all that is there, an adapter as well.
+def test_a_library_that_freezes_an_adapter_is_noticed(folder, tmp_path, monkeypatch):
+    job, sft_folder = training_job(folder, tmp_path), sft_adapter(llama(), tmp_path / "model")
+
+    def frozen(model, config):
+        return prepare_model_for_kbit_training(get_peft_model(model, config))
+
+    def frozen_reward(*arguments):
+        made = new_reward_model(*arguments)
+        prepare_model_for_kbit_training(made.classifier)
+        return made
+
+    monkeypatch.setattr(sft, "get_peft_model", frozen)
+    monkeypatch.setattr(reward_model, "new_reward_model", frozen_reward)
+    with pytest.raises(TrainingError, match=r"lora_A.* \(torch.float32, trained: False\)"):
+        sft.add_adapter(load(folder), job.recipe)
+    with pytest.raises(TrainingError, match=r"lora_A.* \(torch.float32, trained: False\)"):
+        reward_model._new_model(job.recipe, str(folder), sft_folder)
+
+
+def test_the_trainer_gets_the_adapter_and_nothing_else_in_float32(folder, tmp_path, monkeypatch):
+    job = training_job(folder, tmp_path)
+    arguments = (job, job.recipe.sft)
+    model = sft.add_adapter(load(folder), job.recipe)
+    trainer = sft.make_trainer(*arguments, model, tiny.tokenizer(), ROWS)
+    trained = {n: p.dtype for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 14  # A and B of every linear layer
+    assert all(".lora_" in name for name in trained)
+    assert set(trained.values()) == {torch.float32}
+
+    def trains_a_norm(model, **settings):
+        model.get_base_model().model.norm.weight.requires_grad_(True)
+        return SFTTrainer(model=model, **settings)
+
+    monkeypatch.setattr(sft, "SFTTrainer", trains_a_norm)
+    with pytest.raises(TrainingError, match=r"model\.norm\.weight .* trained: True"):
+        sft.make_trainer(*arguments, model, tiny.tokenizer(), ROWS)
 
 
 def test_without_bitsandbytes_the_message_says_what_to_install(folder, monkeypatch):
