@@ -140,7 +140,7 @@ def test_only_the_body_is_quantised_and_all_of_it(folder, kind, double):
 def test_an_embedding_in_4_bits_is_refused(folder):
     model = load(folder)
     model.set_input_embeddings(bnb.nn.EmbeddingNF4(320, 64))
-    with pytest.raises(InputError, match="its model.embed_tokens is stored in nf4; heads and"):
+    with pytest.raises(InputError, match=r"its model\.embed_tokens is stored in nf4; heads and"):
         prepare_quantized(model, recipe(folder).base, torch.device("cpu"))
 
 
