@@ -4,20 +4,19 @@ A change is a value of a recipe key, as on the command line. What the recipe its
 proposed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 from pydantic import ValidationError
 
-from align.plan_items import StagePlan
-from align.recipe import Recipe
+from align.recipe import Base, Recipe
+from align.recipe_distributed import Distributed
 from align.recipe_ppo import Ppo
 
 Values = dict[str, Any]  # recipe key -> value
-Planner = Callable[[Recipe], Sequence[StagePlan]]
-Peak = Callable[[StagePlan], int]
+Peaks = Callable[[Recipe], Mapping[str, int]]  # of every stage, in bytes
 _TOGETHER = 3  # changes proposed at once, at most, beside smaller micro-batches
 
 
@@ -39,9 +38,7 @@ class Proposal:
     peak: int
 
 
-def cheapest(
-    recipe: Recipe, planner: Planner, memory: int, peak: Peak, count: int = 3
-) -> list[Proposal]:
+def cheapest(recipe: Recipe, peaks: Peaks, memory: int, count: int = 3) -> list[Proposal]:
     """Return the cheapest proposals with which every stage's peak is at most ``memory`` bytes.
 
     Never one that holds another: all its changes are needed.
@@ -53,7 +50,7 @@ def cheapest(
         values = {key: value for change in chosen for key, value in change.values.items()}
         if len(values) < sum(len(change.values) for change in chosen):
             continue  # two values for one key
-        proposal = _proposal(recipe, planner, memory, peak, chosen)
+        proposal = _proposal(recipe, peaks, memory, chosen)
         if proposal is not None and not any(
             one.values.items() <= proposal.values.items() for one in found
         ):
@@ -63,8 +60,25 @@ def cheapest(
     return found
 
 
+def smallest(recipe: Recipe, peaks: Peaks) -> tuple[Values, Recipe]:
+    """Return all changes that help, one after the other, and the recipe with them."""
+    steps = [change.values for change in sorted(_changes(recipe), key=lambda c: c.cost)]
+    steps += [sizes[-1] for s in peaks(recipe) if (sizes := list(_micro_batches(recipe, s)))]
+    values: Values = {}
+    best, now = recipe, sorted(peaks(recipe).values(), reverse=True)
+    found = True
+    while found:
+        found = False
+        for step in steps:
+            changed = with_values(recipe, values | step)
+            after = sorted(peaks(changed).values(), reverse=True) if changed is not None else now
+            if changed is not None and after < now:
+                values, best, now, found = values | step, changed, after, True
+    return values, best
+
+
 def _proposal(
-    recipe: Recipe, planner: Planner, memory: int, peak: Peak, chosen: Sequence[Change]
+    recipe: Recipe, peaks: Peaks, memory: int, chosen: Sequence[Change]
 ) -> Proposal | None:
     """Return changes if they suffice, if need be with smaller micro-batches."""
     values = {key: value for change in chosen for key, value in change.values.items()}
@@ -72,16 +86,16 @@ def _proposal(
     changed = with_values(recipe, values)
     if changed is None:
         return None
-    plans = planner(changed)
-    if any(peak(plan) > memory for plan in plans):
-        smaller = _smaller_micro_batches(changed, planner, memory, peak)
+    found = peaks(changed)
+    if max(found.values()) > memory:
+        smaller = _smaller_micro_batches(changed, peaks, memory)
         changed = with_values(changed, smaller)
         if not smaller or changed is None:
             return None
         reasons = [*reasons, "smaller micro-batches: a little slower"]
         values |= smaller
-        plans = planner(changed)
-    return Proposal(values, tuple(reasons), max(map(peak, plans)))
+        found = peaks(changed)
+    return Proposal(values, tuple(reasons), max(found.values()))
 
 
 def with_values(recipe: Recipe, values: Values) -> Recipe | None:
@@ -99,19 +113,18 @@ def with_values(recipe: Recipe, values: Values) -> Recipe | None:
         return None
 
 
-def _smaller_micro_batches(recipe: Recipe, planner: Planner, memory: int, peak: Peak) -> Values:
+def _smaller_micro_batches(recipe: Recipe, peaks: Peaks, memory: int) -> Values:
     """Return the largest micro-batches with which the stages fit; none if one never does."""
     values: Values = {}
-    for plan in planner(recipe):
-        if peak(plan) <= memory:
+    for stage, peak in peaks(recipe).items():
+        if peak <= memory:
             continue
 
-        def fits(tried: Values, stage: str = plan.stage) -> bool:
+        def fits(tried: Values, stage: str = stage) -> bool:
             changed = with_values(recipe, tried)
-            plans = planner(changed) if changed is not None else ()
-            return any(p.stage == stage and peak(p) <= memory for p in plans)
+            return changed is not None and peaks(changed)[stage] <= memory
 
-        sizes = list(_micro_batches(recipe, plan.stage))
+        sizes = list(_micro_batches(recipe, stage))
         if not sizes or not fits(sizes[-1]):
             return {}
         values |= next(tried for tried in sizes if fits(tried))
@@ -139,28 +152,59 @@ def _micro_batches(recipe: Recipe, stage: str) -> Iterator[Values]:
 
 def _changes(recipe: Recipe) -> list[Change]:
     """Return what can be given up, beside the size of micro-batches."""
-    base, adapter = recipe.base, recipe.adapter
     found = _ppo_changes(recipe.ppo) if recipe.ppo is not None else []
+    if recipe.distributed.together:
+        found += _group_changes(recipe.distributed)
     if recipe.sft is not None:
         rows = min(recipe.sft.batch_size, recipe.sft.samples)
         if rows > 1:
             name = "fewer answers sampled after SFT, to look at"
             found.append(Change(name, 1, {"sft.samples": max(1, rows // 8)}))
-    if not base.gradient_checkpointing:
-        key = "base.gradient_checkpointing"
-        found.append(Change("gradient checkpointing: a third slower", 3, {key: True}))
     trained = [s for s in ("sft", "reward", "ppo") if getattr(recipe, s) is not None]
     if all(getattr(recipe, s).optimizer == "adamw" for s in trained):
         values = {f"{stage}.optimizer": "adamw_8bit" for stage in trained}
         found.append(Change("Adam's moments in 8 bits", 4, values))
+    if recipe.adapter.method == "full":
+        name = "adapters in place of all weights"
+        found.append(Change(name, 10, {"adapter.method": "lora"}))
+    elif recipe.adapter.layers == "all":
+        values = {"adapter.layers": "top-half"}
+        found.append(Change("adapters in the upper half only", 12, values))
+    if recipe.data.max_prompt_tokens > 1:
+        name = "prompts half as long: more of them lose their beginning"
+        half = recipe.data.max_prompt_tokens // 2
+        found.append(Change(name, 18, {"data.max_prompt_tokens": half}))
+    return found + _base_changes(recipe.base)
+
+
+def _base_changes(base: Base) -> list[Change]:
+    found = []
+    if not base.gradient_checkpointing:
+        key = "base.gradient_checkpointing"
+        found.append(Change("gradient checkpointing: a third slower", 3, {key: True}))
     if base.id != "pretrain" and base.dtype == "float32":
         found.append(Change("base in bfloat16: coarser numbers", 5, {"base.dtype": "bfloat16"}))
     if base.id != "pretrain" and base.quantization == "none":
         found.append(Change("base in 4 bits: slower, coarser", 9, {"base.quantization": "nf4"}))
-    if adapter.layers == "all":
-        values = {"adapter.layers": "top-half"}
-        found.append(Change("adapters in the upper half only", 12, values))
     return found
+
+
+def _group_changes(chosen: Distributed) -> list[Change]:
+    """Return other ways of sharing out, for a recipe that trains in a group already."""
+    found = []
+    zero, offload = "distributed.zero", "distributed.offload"
+    if chosen.zero < 2:
+        found.append(Change("ZeRO 2: gradients and states shared out", 1, {zero: 2}))
+    if chosen.zero < 3:
+        found.append(Change("ZeRO 3: weights shared out, too: slower", 5, {zero: 3}))
+    if chosen.zero and chosen.offload == "none":
+        name = "the optimiser's states in main memory: slower steps"
+        found.append(Change(name, 6, {offload: "optimizer"}))
+    if chosen.offload != "all":
+        name = "ZeRO 3 with weights in main memory: far slower"
+        found.append(Change(name, 8, {zero: 3, offload: "all"}))
+    alone = {"distributed.processes": 1, zero: 0, offload: "none", "base.quantization": "nf4"}
+    return [*found, Change("base in 4 bits, which one process trains: far slower", 15, alone)]
 
 
 def _ppo_changes(section: Ppo) -> list[Change]:

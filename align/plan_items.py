@@ -77,8 +77,8 @@ class StagePlan:
         """Return the peak per GPU at ZeRO 3 with the optimiser's states in main memory."""
         return self._without("states").per_gpu(gpus)[3]
 
-    def trained_together(self, gpus: int, zero: Zero, offload: Offload) -> int:
-        """Return the peak per GPU where so many train by this way of ZeRO.
+    def trained_together(self, gpus: int, zero: Zero, offload: Offload) -> dict[str, int]:
+        """Return what each phase takes per GPU where so many train by this way of ZeRO.
 
         What comes after training the first process does alone, with whole weights beside the share
         of them that ZeRO 3 has left it.
@@ -90,11 +90,12 @@ class StagePlan:
         }
         shared = self._without(*gone[offload])
         if zero < 3:
-            return shared.per_gpu(gpus)[zero]
+            return {p.name: replace(shared, phases=(p,)).per_gpu(gpus)[zero] for p in self.phases}
         training = replace(shared, phases=self.phases[:1]).per_gpu(gpus)[3]
-        left = _of_kind(shared.kept, "weights") + _of_kind(shared.kept, "states")
-        alone = replace(self._without("states"), phases=self.phases[1:])
-        return max([training, *(alone.total(p) + ceil(left / gpus) for p in alone.phases)])
+        left = ceil((_of_kind(shared.kept, "weights") + _of_kind(shared.kept, "states")) / gpus)
+        alone = self._without("states")
+        after = {phase.name: alone.total(phase) + left for phase in self.phases[1:]}
+        return {self.phases[0].name: training} | after
 
     def _without(self, *kinds: Kind) -> "StagePlan":
         kept = tuple(replace(i, bytes=0) if i.kind in kinds else i for i in self.kept)

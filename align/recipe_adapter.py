@@ -63,8 +63,10 @@ class Adapter(Section):
         problems = []
         method = f"adapter.method={self.method}"
         if self.method in _OF_THE_BASE and dtype != "float32":
-            needed = f"{method} trains weights of the base, and small updates vanish in {dtype}"
-            problems.append(("base.dtype", f"{needed}; allowed with it: float32"))
+            needed = f"{method} trains weights of the base, and AdamW's small updates vanish in"
+            mixed = "float32 weights computed in bfloat16 are built for ppo.layout=separate only"
+            problem = f"{needed} {dtype} ({mixed}); allowed with it: float32"
+            problems.append(("base.dtype", problem))
         if self.method in ("full", "top_layers", "bitfit") and quantization != "none":
             needed = f"trains layers of the base, which are frozen in {quantization}"
             allowed = "lora, head_only, bottleneck or prefix"

@@ -5,21 +5,21 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from align.errors import AlignError, InputError
 from align.plan import plan_recipe, pretrained_shape
-from align.plan_changes import Proposal, cheapest
+from align.plan_changes import Proposal, Values, cheapest, smallest
 from align.plan_items import Item, StagePlan
 from align.plan_memory import deepspeed_bytes, deepspeed_host_bytes
 from align.plan_model import Shape, read_shape
 from align.plan_time import Speed, StageWork, calibrated_speed, card_speed, plan_work
 from align.published import CARDS, CONFIGS
 from align.recipe import Recipe
-from align.recipe_distributed import Distributed
+from align.recipe_distributed import Distributed, Zero
 from align.stages import stage_directory
 from align.zero import WITHOUT_ZERO, deepspeed_settings
 from launch.command import Python
@@ -170,16 +170,21 @@ def make_plan(
     Raises:
         InputError: the recipe has no stage.
     """
-    planner = partial(plan_recipe, base=shape, on_cpu=on_cpu)
-    peak = partial(_peak, gpus=gpus, chosen=recipe.distributed)
-    stages = planner(recipe)
+    stages = plan_recipe(recipe, shape, on_cpu=on_cpu)
     if not stages:
         raise InputError(f"{recipe.name}: has no section of a stage; nothing to plan")
+
+    def peaks(changed: Recipe) -> dict[str, int]:
+        plans, chosen = plan_recipe(changed, shape, on_cpu=on_cpu), changed.distributed
+        left_group = recipe.distributed.together and not chosen.together
+        return {plan.stage: _peak(plan, 1 if left_group else gpus, chosen) for plan in plans}
+
+    largest = max(stages, key=lambda stage: _peak(stage, gpus, recipe.distributed))
     result: dict[str, Any] = {
         "name": recipe.name,
         "base": {"id": recipe.base.id, "parameters": shape.parameters, "blocks": shape.layers},
-        "peak_bytes": max(map(peak, stages)),
-        "largest_stage": max(stages, key=peak).stage,
+        "peak_bytes": _peak(largest, gpus, recipe.distributed),
+        "largest_stage": largest.stage,
         "stages": {stage.stage: _stage(stage) for stage in stages},
         "time": _time(plan_work(recipe, shape), shape, speed),
     }
@@ -199,17 +204,49 @@ def make_plan(
     if memory is not None:
         result |= {"memory_bytes": memory, "fits": result["peak_bytes"] <= memory}
         if not result["fits"]:
-            found = cheapest(recipe, planner, memory, peak)
+            found = cheapest(recipe, peaks, memory)
             result["changes"] = [_change(proposal) for proposal in found]
+            if not found:
+                values, least = smallest(recipe, peaks)
+                plans = plan_recipe(least, shape, on_cpu=on_cpu)
+                result["least"] = _least(values, plans, peaks(least), gpus, least.distributed)
     return result
+
+
+def _least(
+    values: Values,
+    stages: Sequence[StagePlan],
+    peaks: Mapping[str, int],
+    gpus: int,
+    chosen: Distributed,
+) -> dict[str, Any]:
+    """Return what is left when everything that helps has been given up: its largest parts."""
+    stage = max(stages, key=lambda stage: peaks[stage.stage])
+    totals = _phases(stage, gpus, chosen)
+    name = max(totals, key=totals.__getitem__)
+    (phase,) = (phase for phase in stage.phases if phase.name == name)
+    items = sorted((*stage.kept, *phase.items), key=lambda item: -item.bytes)
+    return {
+        "overrides": _overrides(values),
+        "peak_bytes": peaks[stage.stage],
+        "stage": stage.stage,
+        "phase": name,
+        "items": _items(items[:3]),
+    }
 
 
 def _peak(stage: StagePlan, gpus: int, chosen: Distributed) -> int:
     """Return a stage's peak on each of so many GPUs: as the recipe partitions, else at the best."""
-    shares, way = _shares(stage, gpus, chosen), _way(chosen)
-    if way is not None:
-        return shares[way]
-    return stage.peak if gpus == 1 else min(shares.values())
+    if chosen.together or gpus == 1:
+        return max(_phases(stage, gpus, chosen).values())
+    return min(_shares(stage, gpus, chosen).values())
+
+
+def _phases(stage: StagePlan, gpus: int, chosen: Distributed) -> dict[str, int]:
+    """Return what each phase takes on a GPU as the recipe runs it."""
+    if chosen.together and stage.stage not in WITHOUT_ZERO:
+        return stage.trained_together(gpus, chosen.zero, chosen.offload)
+    return {phase.name: stage.total(phase) for phase in stage.phases}
 
 
 def _way(chosen: Distributed) -> str | None:
@@ -219,15 +256,18 @@ def _way(chosen: Distributed) -> str | None:
 
 
 def _shares(stage: StagePlan, gpus: int, chosen: Distributed) -> dict[str, int]:
-    """Return the peak per GPU for each way of partitioning, the simplest first."""
-    shares = {f"ZeRO {number}": share for number, share in enumerate(stage.per_gpu(gpus))}
-    shares["ZeRO 3, offload"] = stage.offloaded(gpus)
+    """Return the peak per GPU for each way of partitioning, the simplest first.
+
+    For a recipe that trains in a group: as that would run, with what one process does alone.
+    """
     way = _way(chosen)
-    if way is not None:
-        alone = stage.stage in WITHOUT_ZERO
-        together = stage.trained_together(gpus, chosen.zero, chosen.offload)
-        shares[way] = stage.peak if alone else together
-    return shares
+    if way is None:
+        shares = {f"ZeRO {number}": share for number, share in enumerate(stage.per_gpu(gpus))}
+        return shares | {"ZeRO 3, offload": stage.offloaded(gpus)}
+    zeros: tuple[Zero, ...] = (0, 1, 2, 3)
+    ways = [chosen.model_copy(update={"zero": zero, "offload": "none"}) for zero in zeros]
+    ways += [chosen.model_copy(update={"zero": 3, "offload": "optimizer"}), chosen]
+    return {_way(one) or "": max(_phases(stage, gpus, one).values()) for one in ways}
 
 
 def _counts(gpus: int) -> list[int]:
@@ -303,9 +343,13 @@ def _time(works: Sequence[StageWork], shape: Shape, speed: Speed | None) -> dict
 
 
 def _change(proposal: Proposal) -> dict[str, Any]:
-    overrides = [f"{key}={json.dumps(value)}" for key, value in proposal.values.items()]
     return {
-        "overrides": [text.replace('"', "") for text in overrides],
+        "overrides": _overrides(proposal.values),
         "reasons": list(proposal.reasons),
         "peak_bytes": proposal.peak,
     }
+
+
+def _overrides(values: Values) -> list[str]:
+    """Return changes as they are written on the command line."""
+    return [f"{key}={json.dumps(value)}".replace('"', "") for key, value in values.items()]

@@ -93,12 +93,22 @@ def _print_verdict(plan: dict[str, Any]) -> None:
     print(f"{verdict} {_size(plan['memory_bytes'])}")
     if plan["fits"]:
         return
-    none = "none of the changes that plan knows makes it fit: take a smaller base"
-    print("the cheapest changes that make it fit:" if plan["changes"] else none)
+    if not plan["changes"]:
+        _print_least(plan["least"])
+        return
+    print("the cheapest changes that make it fit:")
     for change in plan["changes"]:
         print(f"  {' '.join(change['overrides'])}   ({_size(change['peak_bytes'])})")
         for reason in change["reasons"]:
             print(f"    {reason}")
+
+
+def _print_least(least: dict[str, Any]) -> None:
+    """Say what stays when everything has been given up that this plan knows how to."""
+    print("none of the changes that plan knows makes it fit: take a smaller base")
+    print(f"  with all that help: {' '.join(least['overrides']) or 'there is none'}")
+    print(f"  {least['stage']} still needs {_size(least['peak_bytes'])} in {least['phase']}, most:")
+    _print_items(least["items"])
 
 
 def _size(number: int) -> str:

@@ -17,6 +17,7 @@ from align.zero import deepspeed_settings
 from data.order import SortedBatches, WholeBatches
 from launch.command import Python, stage_command
 from launch.plan import make_plan
+from launch.plan_print import print_plan
 
 GIB = 2**30
 LORA, FULL = "llama2-7b/lora-zero2", "llama2-7b/full-zero3-offload"
@@ -141,3 +142,46 @@ def test_the_plan_of_lora_on_whole_bases() -> None:
     adapter = 39_976_960  # numbers of r=16 on all linear layers
     shares = plan["per_gpu"]["sft"]
     assert shares["ZeRO 0"] - shares["ZeRO 2"] == 8 * adapter * 3 // 4  # largest: after training
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "memory", "key"),
+    [
+        (FULL, [], 24, "adapter.method"),  # 25.1 GiB of weights, whole in the first process
+        (FULL, ["distributed.zero=2", "distributed.offload=none"], 40, "distributed.offload"),
+        (LORA, [], 12, "base.quantization"),  # 12.6 GiB of base in every process
+    ],
+)
+def test_what_makes_a_recipe_for_a_group_fit(
+    name: str, overrides: list[str], memory: int, key: str
+) -> None:
+    recipe = load_recipe(name, overrides)
+    shape, gpus = read_shape(CONFIGS[recipe.base.id]), recipe.distributed.processes
+    plan = make_plan(recipe, shape, memory * GIB, gpus)
+    assert not plan["fits"]
+    # The table says of the recipe's own way what the verdict says.
+    assert plan["by_gpus"][gpus]["bytes"][plan["way"]] == plan["peak_bytes"] > memory * GIB
+    assert any(o.startswith(f"{key}=") for change in plan["changes"] for o in change["overrides"])
+    for change in plan["changes"]:
+        given = {one.partition("=")[0]: one for one in (*overrides, *change["overrides"])}
+        changed = load_recipe(name, list(given.values()))
+        again = make_plan(changed, shape, memory * GIB, changed.distributed.processes)
+        assert again["fits"]
+        assert again["peak_bytes"] == change["peak_bytes"]
+
+
+def test_where_nothing_helps_the_plan_says_what_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load_recipe(LORA)
+    plan = make_plan(recipe, read_shape(CONFIGS[recipe.base.id]), GIB, 4)
+    assert plan["changes"] == []
+    least = plan["least"]
+    changed = load_recipe(LORA, least["overrides"])
+    again = make_plan(changed, read_shape(CONFIGS[recipe.base.id]), None, 1)
+    assert (again["peak_bytes"], again["largest_stage"]) == (least["peak_bytes"], least["stage"])
+    sizes = [item["bytes"] for item in least["items"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert GIB < sizes[0] < sum(sizes) <= least["peak_bytes"]
+    print_plan(plan)
+    said = capsys.readouterr().out
+    assert "none of the changes that plan knows makes it fit: take a smaller base" in said
+    assert f"{least['stage']} still needs " in said

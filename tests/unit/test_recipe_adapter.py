@@ -41,7 +41,9 @@ def refused(*overrides: str) -> list[str]:
         (["adapter.init=pissa"], "found 'pissa' (text); allowed: kaiming or gaussian"),
         (
             [*HUB, "adapter.method=full", "base.dtype=bfloat16"],
-            "base.dtype=bfloat16: adapter.method=full trains weights of the base, and small",
+            "base.dtype=bfloat16: adapter.method=full trains weights of the base, and AdamW's small"
+            " updates vanish in bfloat16 (float32 weights computed in bfloat16 are built for"
+            " ppo.layout=separate only); allowed with it: float32",
         ),
         (
             [*HUB, "adapter.method=bitfit", "base.quantization=nf4"],
