@@ -132,6 +132,10 @@ def test_the_plan_of_all_weights_in_float32(capsys: pytest.CaptureFixture[str]) 
     assert 4 * count < plan["peak_bytes"] < 5.6 * count
     assert json.dumps(plan["deepspeed"]["sft"]["zero_optimization"]["offload_param"])
     assert plan["full_training"][8]["ZeRO 3, offload"] == 4 * 131_072_000 + 2 * count // 8
+    # Another way's column is what a recipe that takes that way would need.
+    for way, offload in (("ZeRO 3", "none"), ("ZeRO 3, offload", "optimizer")):
+        other = load_recipe(FULL, [f"distributed.offload={offload}"])
+        assert plan["by_gpus"][8]["bytes"][way] == make_plan(other, shape, None, 8)["peak_bytes"]
 
 
 def test_the_plan_of_lora_on_whole_bases() -> None:
