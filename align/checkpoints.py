@@ -28,13 +28,13 @@ CHECKSUMS = "checksums.json"
 _LOGS = (METRICS, SAMPLES)
 _WRITING, _REMOVING = "writing", "removing"
 _NAME = re.compile(r"step-\d{8,}")
-_SUMS = TypeAdapter(dict[str, str])
+_SUMS = TypeAdapter(dict[str, str], config=ConfigDict(defer_build=True))
 
 
 class Facts(BaseModel):
     """What a checkpoint says about itself."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     step: int
     inputs_sha256: str  # as in the manifest of a finished stage

@@ -25,7 +25,9 @@ MARKS = (FILE, METRICS)  # what tells a stage's folder from any other
 
 class _Part(BaseModel):
     # A metric may be NaN; as null it would not read back.
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", ser_json_inf_nan="constants", defer_build=True
+    )
 
 
 def _inside(name: str) -> str:

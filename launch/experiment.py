@@ -41,7 +41,7 @@ from launch.command import (
     stage_command,
 )
 from launch.packages import ROOT
-from launch.sums import add_sums, drop_sums, read_sums
+from launch.sums import add_sums, drop_sums, put_back_sums, read_sums
 
 RECIPE = "recipe.yaml"
 REPORT = "report.html"
@@ -220,12 +220,18 @@ def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
                 if not experiment.ran:
                     _check_inputs(experiment, stages[number:])
                     held = until_the_end.enter_context(locked(experiment.directory))
-                drop_sums(experiment.directory, [stage, RECIPE])
+                dropped = drop_sums(experiment.directory, [stage, RECIPE])
                 settings.say(f"{stage}: running ({why})")
                 started = time.monotonic()
                 command = experiment.command(stage)
                 command = replace(command, env=command.env | held)
-                _start(command, sys.stderr if settings.json else None)
+                try:
+                    _start(command, sys.stderr if settings.json else None)
+                except ChildError:
+                    # A stage that begins removes its earlier manifest first of all.
+                    if (stage_directory(experiment.recipe, stage) / MANIFEST).is_file():
+                        put_back_sums(experiment.directory, dropped)
+                    raise
                 _add_sums(experiment.directory, stage)
                 seconds = time.monotonic() - started
                 settings.say(f"{stage}: done in {seconds:.1f} s")

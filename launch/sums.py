@@ -65,10 +65,20 @@ def add_sums(run: Path, names: Sequence[str], *, only_new: bool = False) -> None
     _write(run, sums)
 
 
-def drop_sums(run: Path, names: Sequence[str]) -> None:
-    """Forget these files and folders: they are about to be written."""
-    if (run / FILE).is_file():
-        _write(run, _without(read_sums(run), names))
+def drop_sums(run: Path, names: Sequence[str]) -> dict[str, str]:
+    """Forget these files and folders, which are about to be written; return their hashes."""
+    if not (run / FILE).is_file():
+        return {}
+    before = read_sums(run)
+    after = _without(before, names)
+    _write(run, after)
+    return {name: before[name] for name in before.keys() - after.keys()}
+
+
+def put_back_sums(run: Path, dropped: dict[str, str]) -> None:
+    """Undo ``drop_sums``: nothing was written after all."""
+    if dropped:
+        _write(run, read_sums(run) | dropped)
 
 
 def plain_files(path: Path) -> list[Path]:

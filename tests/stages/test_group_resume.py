@@ -120,6 +120,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_group_goes_on_bit_for_bit(root: Path) -> None:
     settings = [*TRAINING, "distributed.zero=2"]
     errors = check_goes_on(root, "sft", *settings, by=signal.SIGTERM)

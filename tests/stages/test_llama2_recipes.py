@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from align import models
 from align.manifest import read_manifest
 from align.recipe import StageName
-from pipelines import ppo, reward_model, sft, stage
+from pipelines import ppo, reward_model, reward_start, sft, stage
 from tests import tiny
 
 STAGES: tuple[StageName, ...] = ("sft", "reward", "ppo", "evaluate")
@@ -133,7 +133,7 @@ def test_the_step_over_the_longest_texts_changes_nothing(
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize(("name", "module"), [("sft", sft), ("reward", reward_model)])
+@pytest.mark.parametrize(("name", "module"), [("sft", sft), ("reward", reward_start)])
 def test_the_trained_model_is_gone_when_the_saved_one_is_loaded(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: StageName, module: Any
 ) -> None:

@@ -158,6 +158,7 @@ def test_llama2_7b_full_zero3_offload_trains_what_one_process_does(root: Path) -
     assert not list(several.rglob("checkpoints"))
 
 
+@pytest.mark.slow
 def test_llama2_7b_lora_zero2_runs(root: Path) -> None:
     run = align(root, "run", LORA, "lora", *PPO, *EVALUATION, "--nproc", "2")
     for folder in ("sft/model", "reward/model", "ppo/policy", "ppo/value"):

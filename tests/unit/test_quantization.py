@@ -2,6 +2,8 @@
 
 import json
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
@@ -24,7 +26,7 @@ from align.recipe_adapter import Adapter
 from align.roles import Roles
 from align.sequences import join
 from data.render import Tokens
-from pipelines import reward_model, sft
+from pipelines import reward_model, reward_start, sft
 from pipelines.stage import StageJob
 from reward.model import load_reward_model, new_reward_model
 from tests import tiny
@@ -326,11 +328,13 @@ def test_a_library_that_freezes_an_adapter_is_noticed(folder, tmp_path, monkeypa
         return made
 
     monkeypatch.setattr(sft, "get_peft_model", frozen)
-    monkeypatch.setattr(reward_model, "new_reward_model", frozen_reward)
+    monkeypatch.setattr(reward_start, "new_reward_model", frozen_reward)
     with pytest.raises(TrainingError, match=r"lora_A.* \(torch.float32, trained: False\)"):
         sft.add_adapter(load(folder), job.recipe)
+    new = partial(reward_start._new_on_sft, job.recipe, str(folder), sft_folder)
+    start = SimpleNamespace(new=new, adapter=job.recipe.adapter)
     with pytest.raises(TrainingError, match=r"lora_A.* \(torch.float32, trained: False\)"):
-        reward_model._new_model(job.recipe, str(folder), sft_folder)
+        reward_model._new_model(job.recipe, start)
 
 
 def test_the_trainer_gets_the_adapter_and_nothing_else_in_float32(folder, tmp_path, monkeypatch):

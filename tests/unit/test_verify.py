@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import verify
-from launch.sums import FILE, add_sums, drop_sums, read_sums
+from launch.sums import FILE, add_sums, drop_sums, put_back_sums, read_sums
 from launch.verify import verify_run
 from tests.finished import edit_manifest
 from tests.flips import check_flips
@@ -161,8 +161,18 @@ def test_without_the_hashes_the_run_is_not_ok(place: Path) -> None:
 
 def test_a_stage_that_is_being_made_has_no_hashes(place: Path) -> None:
     before = read_sums(place / "runs/x")
+    (place / "runs/x/sft/stage.json").unlink()  # as a stage does that begins
     align(place, "sft", "r.yaml", "--force", code=2, FAIL="sft")
     after = read_sums(place / "runs/x")
     assert set(before) - set(after) == {"recipe.yaml", *(f"sft/{f}" for f in BESIDE_OUTPUTS)}
     drop_sums(place / "runs/x", ["ppo"])
     assert not any(name.startswith("ppo/") for name in read_sums(place / "runs/x"))
+
+
+def test_a_stage_that_refuses_to_begin_keeps_its_hashes(tmp_path: Path) -> None:
+    lines = {"ppo/stage.json": "0" * 64, "recipe.yaml": "1" * 64, "sft/stage.json": "2" * 64}
+    (tmp_path / FILE).write_text("".join(f"{h}  {name}\n" for name, h in lines.items()))
+    dropped = drop_sums(tmp_path, ["ppo", "recipe.yaml"])
+    assert read_sums(tmp_path).keys() == {"sft/stage.json"}
+    put_back_sums(tmp_path, dropped)
+    assert read_sums(tmp_path) == lines
