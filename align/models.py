@@ -196,23 +196,13 @@ def new_llama(
 ) -> PreTrainedModel:
     """Return a Llama with random weights in float32; the same seed gives the same weights."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=section.hidden_size,
-        intermediate_size=section.intermediate_size,
-        num_hidden_layers=section.num_layers,
-        num_attention_heads=section.num_heads,
+        **_sizes(section, tokenizer),
         num_key_value_heads=section.num_kv_heads or section.num_heads,
-        max_position_embeddings=section.max_positions,
-        initializer_range=section.initializer_range,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        dtype="float32",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+    model = _drawn(LlamaForCausalLM, config, seed)
     model.generation_config = neutral_generation(config)
     return model
 
@@ -222,22 +212,30 @@ def new_bert(section: SmallModel, tokenizer: PreTrainedTokenizerBase, seed: int)
 
     It has one kind of segment: separators alone tell prompt and response apart.
     """
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=section.hidden_size,
-        intermediate_size=section.intermediate_size,
-        num_hidden_layers=section.num_layers,
-        num_attention_heads=section.num_heads,
-        max_position_embeddings=section.max_positions,
-        type_vocab_size=1,
-        initializer_range=section.initializer_range,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
-    )
+    config = BertConfig(**_sizes(section, tokenizer), type_vocab_size=1)
     without_dropout(config)
+    return _drawn(BertForMaskedLM, config, seed)
+
+
+def _sizes(section: SmallModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return what the configurations of all small models say."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": section.hidden_size,
+        "intermediate_size": section.intermediate_size,
+        "num_hidden_layers": section.num_layers,
+        "num_attention_heads": section.num_heads,
+        "max_position_embeddings": section.max_positions,
+        "initializer_range": section.initializer_range,
+        "pad_token_id": tokenizer.pad_token_id,
+        "dtype": "float32",
+    }
+
+
+def _drawn(kind: type[PreTrainedModel], config: PretrainedConfig, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return BertForMaskedLM(config)
+        return kind(config)
 
 
 def check_lengths(

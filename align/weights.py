@@ -53,7 +53,7 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def check_fits(path: Path, found: Shapes, expected: Shapes) -> None:
-    """Refuse an adapter's file whose tensors are not those of the adapter on this base.
+    """Refuse a file or folder whose tensors are not those of the model on this base.
 
     Raises:
         ParentError: names the first tensor that differs, and both shapes.
@@ -62,7 +62,7 @@ def check_fits(path: Path, found: Shapes, expected: Shapes) -> None:
         return
     name = min(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
     raise ParentError(
-        f"{path}: its adapter does not fit the base: {name} is {found.get(name, 'missing')} in the"
+        f"{path}: does not fit the base: {name} is {found.get(name, 'missing')} in the"
         f" file; {expected.get(name, 'nothing')} is needed. Use the same base and adapter section"
         " in all stages"
     )

@@ -1,4 +1,7 @@
-"""Text as blocks of equal length, for pretraining: no padding, nothing but a rest is left out."""
+"""Text as blocks of equal length, and training on them: no padding, nothing but a rest is left out.
+
+Both objectives of pretraining share this.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,12 +9,15 @@ from itertools import chain
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 
 from align.errors import InputError
+from align.recipe import Recipe
 from align.recipe_pretrain import Pretrain
 from data.records import Record
 from data.render import Renderer, render_all
+from pipelines.stage import StageJob
+from pipelines.trainer_log import training_arguments
 
 _NO_LIMIT = 2**31
 
@@ -48,3 +54,36 @@ def enough_blocks(blocks: Tensor, section: Pretrain) -> None:
             f"{section.sequence_length} tokens, fewer than batch_size={section.batch_size};"
             " give more text, or make one of the two smaller"
         )
+
+
+def given_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that ``tokenizer.id`` names.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    name = recipe.tokenizer.id
+    trusted = recipe.base.trust_remote_code
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trusted
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"tokenizer.id={name}: cannot be loaded: {error}") from error
+    return tokenizer
+
+
+def block_arguments(job: StageJob, section: Pretrain) -> TrainingArguments:
+    """Return a trainer's settings for training on blocks."""
+    arguments: TrainingArguments = training_arguments(
+        TrainingArguments,
+        section,
+        job.directory,
+        steps=section.steps,
+        seed=job.recipe.seed,
+        distributed=job.recipe.distributed,
+        dataloader_drop_last=True,  # every step has full batches
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="all",
+    )
+    return arguments

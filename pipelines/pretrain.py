@@ -14,14 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
 )
 
-from align.errors import InputError
 from align.models import base_facts, new_llama
 from align.recipe import Recipe
 from align.recipe_pretrain import Pretrain
@@ -30,12 +27,11 @@ from data.records import Record
 from data.render import Tokens
 from data.tokenizer import prepare_tokenizer, train_tokenizer, training_text
 from pipelines import pretrain_masked
-from pipelines.blocks import documents, enough_blocks, pack
+from pipelines.blocks import block_arguments, documents, enough_blocks, given_tokenizer, pack
 from pipelines.heldout import heldout_loss, perplexity
 from pipelines.shared_training import alone_again, share_batches
 from pipelines.stage import StageJob, StageResult
 from pipelines.trainer_checkpoints import train_to_end
-from pipelines.trainer_log import training_arguments
 
 
 def run(job: StageJob) -> StageResult | None:
@@ -88,29 +84,13 @@ def _tokenizer(recipe: Recipe, records: Sequence[Record]) -> PreTrainedTokenizer
     section = recipe.tokenizer
     if section.id is None:
         return train_tokenizer(map(training_text, records), section)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            section.id, trust_remote_code=recipe.base.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer.id={section.id}: cannot be loaded: {error}") from error
-    return prepare_tokenizer(tokenizer, section)
+    return prepare_tokenizer(given_tokenizer(recipe), section)
 
 
 def _trainer(job: StageJob, section: Pretrain, model: PreTrainedModel, blocks: Tensor) -> Trainer:
     trainer = Trainer(
         model=model,
-        args=training_arguments(
-            TrainingArguments,
-            section,
-            job.directory,
-            steps=section.steps,
-            seed=job.recipe.seed,
-            distributed=job.recipe.distributed,
-            dataloader_drop_last=True,  # every step has full batches
-            remove_unused_columns=False,
-            include_num_input_tokens_seen="all",
-        ),
+        args=block_arguments(job, section),
         train_dataset=TensorDataset(blocks),
         data_collator=_collate,
     )

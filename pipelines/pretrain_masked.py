@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from align.errors import InputError
 from align.models import base_facts, new_bert
@@ -22,11 +22,10 @@ from align.recipe_pretrain import MASKED, Pretrain
 from align.seeds import derive_seed
 from data.records import Record
 from data.tokenizer import prepare_encoder_tokenizer, train_encoder_tokenizer, training_text
-from pipelines.blocks import documents, enough_blocks, pack
+from pipelines.blocks import block_arguments, documents, enough_blocks, given_tokenizer, pack
 from pipelines.heldout import perplexity
 from pipelines.stage import StageJob, StageResult
 from pipelines.trainer_checkpoints import train_to_end
-from pipelines.trainer_log import training_arguments
 
 HIDDEN, REPLACED = 0.8, 0.1  # of the tokens to guess
 
@@ -159,10 +158,7 @@ def _tokenizer(recipe: Recipe, records: tuple[Record, ...]) -> PreTrainedTokeniz
     section = recipe.tokenizer
     if section.id is None:
         return train_encoder_tokenizer(map(training_text, records), section)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(section.id)
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer.id={section.id}: cannot be loaded: {error}") from error
+    tokenizer = given_tokenizer(recipe)
     if tokenizer.mask_token_id is None:
         raise InputError(f"tokenizer.id={section.id}: has no mask token; allowed: encoders'")
     return prepare_encoder_tokenizer(tokenizer)
@@ -179,17 +175,7 @@ def _trainer(
         tokenizer=tokenizer,
         rows=section.batch_size,
         model=model,
-        args=training_arguments(
-            TrainingArguments,
-            section,
-            job.directory,
-            steps=section.steps,
-            seed=job.recipe.seed,
-            distributed=job.recipe.distributed,
-            dataloader_drop_last=True,  # every step has full batches
-            remove_unused_columns=False,
-            include_num_input_tokens_seen="all",
-        ),
+        args=block_arguments(job, section),
         train_dataset=TensorDataset(blocks),
         data_collator=lambda rows: {"input_ids": torch.stack([row[0] for row in rows])},
     )

@@ -120,18 +120,9 @@ def collect(
     if together:
         minibatches = [list(group.part(minibatch)) for minibatch in minibatches]
     mine = [row for minibatch in minibatches for row in minibatch]
-    sampled_here = roles.generate(
-        "policy",
-        [prompt_ids[row] for row in mine],
-        max_new_tokens=section.max_new_tokens,
-        temperature=section.temperature,
-        end_ids=loaded.end_ids,
-        pad_id=loaded.pad_id,
-        seed=seed,
-        batch_size=section.rollout.batch_size,
-        streams=mine,
-    )
-    generated = _all_responses(sampled_here, mine) if together else sampled_here
+    generated = _sample(loaded, prompt_ids, mine, section, seed)
+    if together:
+        generated = _all_responses(generated, mine)
     sampled = now(roles.device)
     sequences = roles.with_trunk(join(prompt_ids, generated.responses).to(roles.device))
     chats = [as_chat(prompt) for prompt in prompts]
@@ -156,6 +147,27 @@ def collect(
         last_values=last_values if section.bootstrap_truncated else None,
         repetitive_rate=repetitive_rate(generated.responses),
         seconds={"time/rollout": sampled - started, "time/score": now(roles.device) - sampled},
+    )
+
+
+def _sample(
+    loaded: LoadedRoles, prompt_ids: list[list[int]], mine: list[int], section: Ppo, seed: int
+) -> Generated:
+    """Sample the policy's responses to some of the prompts, each from a random stream of its own.
+
+    Args:
+        mine: the numbers of these prompts among all.
+    """
+    return loaded.roles.generate(
+        "policy",
+        [prompt_ids[row] for row in mine],
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        end_ids=loaded.end_ids,
+        pad_id=loaded.pad_id,
+        seed=seed,
+        batch_size=section.rollout.batch_size,
+        streams=mine,
     )
 
 

@@ -16,8 +16,6 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -33,8 +31,9 @@ from align.errors import InputError
 from align.models import first_line
 from align.recipe_adapter import Adapter
 from align.recipe_reward import Pooling
+from align.weights import check_fits, read_tensors, shapes
 from reward.calibrate import SCORE_FILE, RewardModelError, read_calibration, write_calibration
-from reward.model import new_score_weight
+from reward.model import bare, new_score_weight
 
 Classifier = PeftModel | PreTrainedModel
 
@@ -65,20 +64,12 @@ class EncoderReward(nn.Module):
     @property
     def backbone(self) -> PreTrainedModel:
         """What gives the hidden states, with the adapter in it."""
-        body: PreTrainedModel = _bare(self.classifier).base_model
+        body: PreTrainedModel = bare(self.classifier).base_model
         return body
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Score rows of prompt and response.
-
-        Args:
-            input_ids: ``[B, T]`` long; what fills the padding has no effect.
-            attention_mask: ``[B, T]``, True for real tokens; padding on either side.
-
-        Returns:
-            ``[B]`` float32.
-        """
-        classifier = _bare(self.classifier)
+        """Score rows ``[B, T]`` of prompt and response, as ``RewardModel`` does; ``[B]``."""
+        classifier = bare(self.classifier)
         ids, mask = left_aligned(input_ids, attention_mask, classifier.config.pad_token_id or 0)
         inputs = {"input_ids": ids, "attention_mask": mask.long()}
         if getattr(classifier.config, "type_vocab_size", 0) > 1:
@@ -97,12 +88,7 @@ class EncoderReward(nn.Module):
         self.scale.fill_(scale)
 
     def save(self, folder: Path, base: str, revision: str | None) -> None:
-        """Write adapter and head, or the whole model, into a fresh folder, and ``score.json``.
-
-        Args:
-            base: where the base was loaded from; see ``align.adapters.save_adapter``.
-            revision: of the base, likewise.
-        """
+        """Write adapter and head, or the whole model, and ``score.json``; see ``RewardModel``."""
         save_trained(self.classifier, folder, base=base, revision=revision)
         self.write_calibration(folder)
 
@@ -200,7 +186,7 @@ def load_encoder_reward(
         settings: of the base's ``from_pretrained``, likewise.
 
     Raises:
-        RewardModelError: the folder is incomplete, or does not fit the base.
+        ParentError: the folder is incomplete, or does not fit the base.
     """
     folder = Path(folder)
     form = read_form(folder)
@@ -281,29 +267,11 @@ def _tensors(folder: Path, files: list[Path], expected: dict[str, Any]) -> dict[
     """Read what was saved, if it is all that is needed.
 
     Raises:
-        RewardModelError: a tensor is missing, or has another shape. Nothing is initialised anew:
-            such scores would look plausible and mean nothing.
+        ParentError: a file is damaged, a tensor missing or of another shape. Nothing is initialised
+            anew: such scores would look plausible and mean nothing.
     """
     found: dict[str, Tensor] = {}
     for path in files:
-        try:
-            found |= load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise RewardModelError(f"{path}: cannot be read: {error}") from None
-    for name in sorted(found.keys() | expected.keys()):
-        here, needed = (_shape(tensors.get(name)) for tensors in (found, expected))
-        if here != needed:
-            raise RewardModelError(
-                f"{folder}: {name} is {here} in the file; {needed} is needed: it was not saved"
-                " here, or on another base; run the reward stage again"
-            )
+        found |= read_tensors(path)
+    check_fits(folder, shapes(found), shapes(expected))
     return found
-
-
-def _shape(tensor: Tensor | None) -> str:
-    return "missing" if tensor is None else str(tuple(tensor.shape))
-
-
-def _bare(classifier: Classifier) -> Any:
-    """Return the classifier itself, with the adapter that is in it."""
-    return classifier.get_base_model() if isinstance(classifier, PeftModel) else classifier

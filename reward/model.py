@@ -154,7 +154,7 @@ class RewardModel(nn.Module):
     @property
     def backbone(self) -> PreTrainedModel:
         """What gives the hidden states, with the adapter in it."""
-        return cast(PreTrainedModel, _bare(self.classifier).base_model)
+        return cast(PreTrainedModel, bare(self.classifier).base_model)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Score rows of prompt and response.
@@ -316,7 +316,7 @@ def _classifier(causal_lm: PreTrainedModel) -> Any:
     return classifier.to(causal_lm.device).requires_grad_(False).eval()
 
 
-def _bare(classifier: PeftModel | PreTrainedModel) -> Any:
+def bare(classifier: PeftModel | PreTrainedModel) -> Any:
     """Return the classifier itself, with the adapter that is in it."""
     return classifier.get_base_model() if isinstance(classifier, PeftModel) else classifier
 
@@ -329,7 +329,7 @@ def _with_head(
     classifier: PeftModel | PreTrainedModel,
 ) -> tuple[PeftModel | PreTrainedModel, ScoreHead]:
     """Return the classifier and a head that shares its weight with the one that is saved."""
-    saved = _bare(classifier).score
+    saved = bare(classifier).score
     if isinstance(classifier, PeftModel):
         saved = saved.modules_to_save["default"]
     head = ScoreHead(saved.in_features).to(saved.weight.device)
@@ -353,7 +353,7 @@ def _start_from(classifier: PeftModel, folder: Path) -> None:
     """Copy a folder's tensors of the backbone, all of them, onto the classifier's."""
     path = folder / WEIGHTS
     tensors = read_tensors(path)
-    body = f"base_model.model.{_bare(classifier).base_model_prefix}."
+    body = f"base_model.model.{bare(classifier).base_model_prefix}."
     of_body = (body, "prompt_embeddings")
     tensors = {name: value for name, value in tensors.items() if name.startswith(of_body)}
     ours = get_peft_model_state_dict(classifier, save_embedding_layers=False)

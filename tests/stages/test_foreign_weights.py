@@ -159,7 +159,7 @@ def test_an_adapter_of_another_rank_or_base(
             names = {f"base_model.{key}.weight": tensor for key, tensor in changes.items()}
         change(Path(file), **names)
         said = refused(name, root, capsys)
-        assert f"{file}: its adapter does not fit the base: " in said
+        assert f"{file}: does not fit the base: " in said
         assert expected in said
         Path(file).write_bytes(whole)
 
@@ -178,5 +178,5 @@ def test_an_adapter_without_a_configuration_of_pefts(
 def test_an_adapter_that_peft_itself_would_take(root: Path, tensor: torch.Tensor | None) -> None:
     """PEFT on its own leaves what is missing, or has another size, as it was drawn."""
     change(Path(SFT), lora_A=tensor)
-    with pytest.raises(ParentError, match=rf"{WEIGHTS}: its adapter does not fit the base: "):
+    with pytest.raises(ParentError, match=rf"{WEIGHTS}: does not fit the base: "):
         load_adapter(tiny.llama(), Path(SFT).parent)

@@ -24,6 +24,7 @@ from tests.stages.test_several_processes import (
     command,
     parent,
     rank,
+    run,
 )
 
 EVERY_STEP = ("run.checkpoint_steps=1", "--nproc", "2")
@@ -83,7 +84,7 @@ def check_goes_on(root: Path, stage: str, *settings: str, by: signal.Signals) ->
     assert code == (1 if by is signal.SIGKILL else 128 + by), errors
     found = root / "runs" / name / stage
     assert not (found / "stage.json").exists()
-    said = run(root, stage, name, *given)
+    said = run(root, stage, LORA, name, *given)
     assert said.returncode == 0, said.stderr
     assert said.stderr.count("goes on after step ") == 1
     assert lines(found) == lines(whole)
@@ -95,18 +96,6 @@ def check_goes_on(root: Path, stage: str, *settings: str, by: signal.Signals) ->
         assert all(ours[key].equal(theirs[key]) for key in theirs), file
     assert not list(found.rglob("checkpoints"))
     return errors
-
-
-def run(root: Path, stage: str, name: str, *more: str) -> subprocess.CompletedProcess[str]:
-    """Run a command whatever becomes of it."""
-    return subprocess.run(
-        command(root, stage, LORA, name, *more),
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -153,7 +142,7 @@ def test_another_group_is_refused(root: Path) -> None:
         (["distributed.zero=1", "--nproc", "2"], "processes=2, zero=1"),
         (["distributed.zero=0", "--nproc", "1"], "processes=1, zero=0"),
     ):
-        done = run(root, "sft", "other", *TRAINING, LONG["sft"], *more)
+        done = run(root, "sft", LORA, "other", *TRAINING, LONG["sft"], *more)
         assert done.returncode == 2, done.stderr
         assert "was made with distributed.processes=2, zero=2, and cannot" in done.stderr
         assert ours in done.stderr

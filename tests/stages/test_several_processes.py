@@ -77,9 +77,11 @@ def covers(given: set[str], word: str) -> bool:
     return bool({key, key.partition(".")[0]} & given)
 
 
-def align(root: Path, what: str, recipe: str, name: str, *more: str) -> Path:
-    """Run a command; return the run directory."""
-    done = subprocess.run(
+def run(
+    root: Path, what: str, recipe: str, name: str, *more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command, whatever becomes of it."""
+    return subprocess.run(
         command(root, what, recipe, name, *more),
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -87,6 +89,11 @@ def align(root: Path, what: str, recipe: str, name: str, *more: str) -> Path:
         check=False,
         timeout=240,
     )
+
+
+def align(root: Path, what: str, recipe: str, name: str, *more: str) -> Path:
+    """Run a command; return the run directory."""
+    done = run(root, what, recipe, name, *more)
     assert done.returncode == 0, done.stdout + done.stderr
     said = [line for line in done.stderr.splitlines() if "  rows " in line]
     assert len(said) == len(set(said))  # one process speaks

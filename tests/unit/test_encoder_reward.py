@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from align.adapter_methods import check_trained
 from align.adapters import WEIGHTS, is_adapter
-from align.errors import InputError
+from align.errors import InputError, ParentError
 from align.models import without_dropout
 from align.recipe_adapter import Adapter
 from align.recipe_reward import Pooling
@@ -122,6 +122,15 @@ def test_a_saved_model_scores_the_same(
     assert is_adapter(tmp_path / "model") == (method != "full")
 
 
+def spelled_out(make: MakeBase, row: list[int]) -> dict[str, torch.Tensor]:
+    """Return what the library's model is given for one row; BERT is told the response's segment."""
+    given = {"input_ids": torch.tensor([row])}
+    if make is tiny.bert:
+        second = [0] * (row.index(SEP) + 1) + [1] * (len(row) - row.index(SEP) - 1)
+        given["token_type_ids"] = torch.tensor([second])
+    return given
+
+
 @bases
 @pytest.mark.parametrize("method", ["lora", "full", "top_layers"])
 def test_cls_scores_are_those_of_transformers(make: MakeBase, method: str, tmp_path: Path) -> None:
@@ -136,10 +145,7 @@ def test_cls_scores_are_those_of_transformers(make: MakeBase, method: str, tmp_p
     ).eval()
     expected = []
     for row in rows():
-        second = [0] * (row.index(SEP) + 1) + [1] * (len(row) - row.index(SEP) - 1)
-        given = {"input_ids": torch.tensor([row])}
-        if make is tiny.bert:
-            given["token_type_ids"] = torch.tensor([second])
+        given = spelled_out(make, row)
         with torch.no_grad():
             expected.append((theirs(**given).logits.item() - 0.25) / 2.0)
     assert scores(model, "left") == pytest.approx(expected, abs=1e-5)
@@ -155,10 +161,7 @@ def test_mean_scores_are_a_linear_map_of_the_mean_state(make: MakeBase, tmp_path
     body = make().base_model  # what was not trained is the base as it was
     expected = []
     for row in rows():
-        second = [0] * (row.index(SEP) + 1) + [1] * (len(row) - row.index(SEP) - 1)
-        given = {"input_ids": torch.tensor([row])}
-        if make is tiny.bert:
-            given["token_type_ids"] = torch.tensor([second])
+        given = spelled_out(make, row)
         with torch.no_grad():
             states = body(**given).last_hidden_state[0]
         expected.append(((states.sum(0) / len(row)) @ weight[0] - 0.25).item() / 2.0)
@@ -198,7 +201,7 @@ def test_a_model_without_a_tensor_of_its_head_is_refused(
     assert len(heads) == (1 if pooling == "mean" else 4)
     for head in heads:
         save_file({n: t for n, t in tensors.items() if n != head}, file, {"format": "pt"})
-        with pytest.raises(RewardModelError, match=f"{head} is missing in the file"):
+        with pytest.raises(ParentError, match=f"{head} is missing in the file"):
             load_encoder_reward(tmp_path / "model", str(tmp_path / "base"), settings)
 
 
