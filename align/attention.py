@@ -89,6 +89,9 @@ class Layout:
     lengths: Sequence[int] | None = None
     cache: KeyValueCache | None = None
     wanted: Spans | None = None  # positions whose last states are read; None: all
+    # Of each text, how many tokens come before it that are not in it: the first ones of the last
+    # text above it of which this is 0. None: of none.
+    repeated: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,10 @@ def attention(
         if layout.cache is not None:
             layout.cache.start(_layer(module), key, value)
         settings = {"scale": scaling, "dropout_p": dropout}
-        return _packed(query, key, value, list(layout.lengths), spans, settings), None
+        lengths = list(layout.lengths)
+        if layout.repeated is not None and any(layout.repeated):
+            return _branched(query, key, value, lengths, layout.repeated, settings), None
+        return _packed(query, key, value, lengths, spans, settings), None
     assert layout.cache is not None
     keys, values = layout.cache.append(_layer(module), key, value)
     bias = layout.cache.bias
@@ -183,6 +189,36 @@ def _packed(
                 seen = torch.ones(end - first, end, dtype=torch.bool, device=q.device).tril(first)
             k, v = k[:, :, :end], v[:, :, :end]
             outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, **settings))
+    return _joined(outputs)
+
+
+def _branched(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    repeated: Sequence[int],
+    settings: dict[str, Any],
+) -> Tensor:
+    """Attend within each text, and from it to what of an earlier one it goes on from."""
+    settings = settings | {"enable_gqa": query.shape[1] != key.shape[1]}
+    outputs = []
+    parts = (x.split(lengths, dim=2) for x in (query, key, value))
+    for q, k, v, before in zip(*parts, repeated, strict=True):
+        if before == 0:
+            whole = k, v
+            outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **settings))
+            continue
+        k = torch.cat([whole[0][:, :, :before], k], dim=2)
+        v = torch.cat([whole[1][:, :, :before], v], dim=2)
+        shape = q.shape[2], k.shape[2]
+        seen = torch.ones(shape, dtype=torch.bool, device=q.device).tril(before)
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, **settings))
+    return _joined(outputs)
+
+
+def _joined(outputs: list[Tensor]) -> Tensor:
+    """Put the outputs ``[1, heads, n, d]`` of texts after one another, ``[1, N, heads, d]``."""
     # Heads beside each other, as the kernel leaves them and the model's output projection reads
     # them: joined otherwise, every tensor would be written twice in each direction.
     parts = [output.transpose(1, 2) for output in outputs]
@@ -200,9 +236,14 @@ def set_attention(model: PreTrainedModel) -> str | None:
     reason = why_not_packed(model.config)
     if reason is None:
         model.set_attn_implementation(NAME)  # a warning at most, where the model cannot
-        if model.config._attn_implementation != NAME:
+        if not is_packed(model):
             reason = "its attention is not transformers' interface"
     return reason
+
+
+def is_packed(model: PreTrainedModel) -> bool:
+    """Whether a model has this attention now, and its passes need a ``layout``."""
+    return bool(model.config._attn_implementation == NAME)
 
 
 @contextmanager

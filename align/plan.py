@@ -15,6 +15,7 @@ from align.plan_setup import (
     Setup,
     logits_item,
     overhead,
+    ranking_tokens,
     responses_per_ranking,
     rows_per_pass,
     training_items,
@@ -171,30 +172,36 @@ def _sft(setup: Setup) -> StagePlan:
 
 
 def _reward(setup: Setup) -> StagePlan:
-    """One adapter and a score head; a padded row per response."""
+    """One adapter and a score head. Responses share their prompt; an encoder reads padded rows."""
     setup = reward_setup(setup)
     section, recipe = setup.recipe.reward, setup.recipe
     assert section is not None
     shape, longest = setup.shape, setup.longest
-    responses = responses_per_ranking(recipe)
-    rows = responses * rows_and_passes(section, recipe.distributed)[0]
+    rankings, _ = rows_and_passes(section, recipe.distributed)
+    rows = rankings * responses_per_ranking(recipe)
     weights, trained = setup.model("reward", head=False)
     gradients, states = training_items([*trained, shape.hidden], section)
     # PEFT keeps the head as it was beside the one that is trained.
     head = setup.head("reward", copies=1 if setup.full else 2)
     kept = [overhead("reward"), *weights, head, states]
-    training = [
-        gradients,
-        setup.activations(setup.padded(), rows * longest, setup.adapted),
-        setup.masks(rows, longest),
-        *setup.dequantized(),
-    ]
+    if section.base is None:
+        tokens = rankings * ranking_tokens(recipe)
+        training = [
+            setup.activations(setup.packed(), tokens, setup.adapted),
+            setup.repeated_keys(rows - rankings),
+        ]
+    else:
+        training = [
+            setup.activations(setup.padded(), rows * longest, setup.adapted),
+            setup.masks(rows, longest),
+        ]
+    training += [gradients, *setup.dequantized()]
     if section.aux_lm_coef:  # of each ranking's best response, through the frozen embeddings
         width, count = setup.width, shape.head
         if count:  # of their own, and not the input's
             how = f"{count:,} x {width} B"
             kept.append(Item("output embeddings", count * width, how, "weights"))
-        tokens = rows // responses * recipe.data.max_response_tokens
+        tokens = rankings * recipe.data.max_response_tokens
         each = 2 * shape.hidden * width
         how = f"{tokens:,} tokens x {each:,} B"
         training += [_chunk(setup), Item("best responses' states, slopes", tokens * each, how)]

@@ -1,7 +1,7 @@
 """What a memory plan says of a recipe on its base: each thing with its bytes and arithmetic."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from align.plan_items import Item
 from align.plan_memory import (
@@ -78,6 +78,10 @@ class Setup:
         dropout = self.recipe.adapter.dropout > 0
         return Compute(self.width, self.recipe.adapter, expanded=True, dropout=dropout)
 
+    def packed(self) -> Compute:
+        """Return how the reward stage trains them: on rows that share their prompts."""
+        return replace(self.padded(), expanded=False, joined=True)
+
     def base(self, *, head: bool = True) -> list[Item]:
         """Return the frozen base, with its output embeddings or without."""
         shape, width, kind = self.shape, self.width, self.quantization
@@ -153,6 +157,16 @@ class Setup:
         how = f"{rows} rows x {tokens}^2 x (1 + {copies} blocks x {self.width}) B"
         return Item("attention masks", rows * tokens**2 * (1 + copies * self.width), how)
 
+    def repeated_keys(self, rows: int) -> Item:
+        """Return keys and values of prompt and response for rows that share their prompt.
+
+        Attention keeps them together for each response but the first.
+        """
+        shape, layers = self.shape, 1 if self.checkpointing else self.adapted
+        each = 2 * shape.kv_heads * shape.head_dim * self.width
+        how = f"{rows} rows x {self.longest} tokens x {layers} blocks x {each:,} B"
+        return Item("prompts' keys, repeated", rows * self.longest * layers * each, how)
+
     def forward(self, tokens: int) -> Item:
         """Return a pass without gradients."""
         each = working_per_token(self.shape, self.compute())
@@ -203,6 +217,12 @@ def responses_per_ranking(recipe: Recipe) -> int:
     data: StageData | None = recipe.data.reward
     worlds = [s.world for s in data.train] if data is not None else []
     return recipe.data.world.responses_per_ranking if "rankings" in worlds else 2
+
+
+def ranking_tokens(recipe: Recipe) -> int:
+    """Return the tokens of the longest ranking: its prompt stands once."""
+    data = recipe.data
+    return data.max_prompt_tokens + responses_per_ranking(recipe) * data.max_response_tokens
 
 
 def rows_per_pass(section: Ppo, longest: int) -> int:

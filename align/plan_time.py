@@ -22,7 +22,7 @@ from align.inputs import world_rows
 from align.plan import pretrain_setup, reward_setup
 from align.plan_memory import cache_bytes
 from align.plan_model import Shape, linear_bytes
-from align.plan_setup import Setup, responses_per_ranking, rows_per_pass
+from align.plan_setup import Setup, ranking_tokens, responses_per_ranking, rows_per_pass
 from align.published import Card
 from align.recipe import Recipe, Source, StageName
 from align.stages import planned_stages
@@ -160,11 +160,14 @@ def _reward(setup: Setup) -> StageWork:
     rankings, per_rows = _texts(recipe, recipe.data.reward.train)
     each = responses_per_ranking(recipe)
     rows = each * (section.micro_batch_size or section.batch_size)
-    trained = ceil(rankings * section.epochs) * each
-    times = _adapting(setup)
-    parts = [_passes("training", setup, trained, setup.longest, rows, times, head=False)]
+    trained, times = ceil(rankings * section.epochs), _adapting(setup)
+    if section.base is None:  # the responses of a prompt share it
+        texts, seen = (trained, ranking_tokens(recipe), rows // each), setup.longest
+        parts = [_passes("training", setup, *texts, times, head=False, seen=seen)]
+    else:
+        parts = [_passes("training", setup, trained * each, setup.longest, rows, times, head=False)]
     if section.aux_lm_coef:
-        tokens = trained // each * recipe.data.max_response_tokens
+        tokens = trained * recipe.data.max_response_tokens
         flops = 2 * 2 * setup.shape.vocab * setup.shape.hidden  # the logits, and back
         how = f"{tokens:,} tokens of best responses x {flops / 1e9:.4g} GFLOP"
         parts.append(Work("auxiliary language modelling", tokens, tokens * flops, 0, how))
@@ -246,9 +249,14 @@ def _passes(
     times: float = 1.0,
     *,
     head: bool = True,
+    seen: int | None = None,
 ) -> Work:
-    """Return whole passes over texts: ``times`` over each, ``rows`` of them together."""
-    each, tokens = _forward(setup.shape, length, head=head), texts * length
+    """Return whole passes over texts: ``times`` over each, ``rows`` of them together.
+
+    Args:
+        seen: the tokens that attention sees from the last one of a text; None: all.
+    """
+    each, tokens = _forward(setup.shape, seen or length, head=head), texts * length
     how = (
         f"{texts:,} texts x {length:,} tokens x {times:g} passes x {each / 1e9:.4g} GFLOP"
         f" in batches of {rows}"

@@ -42,6 +42,11 @@ class RankedTokens:
         """Tokens of the longest row."""
         return len(self.prompt) + max(map(len, self.responses))
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all responses, and of the prompt once."""
+        return len(self.prompt) + sum(map(len, self.responses))
+
 
 def ranked_tokens(renderer: Renderer, ranking: Ranking, margin: float | None) -> RankedTokens:
     """Render a ranking: the prompt as PPO will see it, each response up to its end of turn.
@@ -58,11 +63,15 @@ def ranked_tokens(renderer: Renderer, ranking: Ranking, margin: float | None) ->
     return RankedTokens(renderer.prompt(ranking.messages), responses, ranking, margin)
 
 
-def collate(rows: Sequence[RankedTokens], pad_id: int) -> Batch:
+def collate(rows: Sequence[RankedTokens], pad_id: int, *, share_prompts: bool = False) -> Batch:
     """Flatten rankings to one row per response.
 
+    Args:
+        share_prompts: say which rows repeat the prompt of the row above them.
+
     Returns:
-        ``input_ids`` and ``attention_mask`` ``[N, T]``; ``groups``, ``targets`` and ``votes``
+        ``input_ids`` and ``attention_mask`` ``[N, T]``; with ``share_prompts`` ``repeated`` ``[N]``
+        as in ``reward.packing``; ``groups``, ``targets`` and ``votes``
         ``[N]`` as in ``reward.ranking``, NaN where there are no votes; ``margins`` ``[len(rows)]``,
         NaN where there is none; ``best_mask`` ``[N, T]``, True on the tokens of every prompt's best
         response.
@@ -76,7 +85,9 @@ def collate(rows: Sequence[RankedTokens], pad_id: int) -> Batch:
     best = torch.tensor([i == row.best for row in rows for i in range(len(row.responses))])
     starts = torch.tensor([len(row.prompt) for row in rows]).repeat_interleave(counts)
     in_response = torch.arange(input_ids.shape[1]) >= starts[:, None]
-    return {
+    is_first = torch.tensor([i == 0 for row in rows for i in range(len(row.responses))])
+    shared = {"repeated": starts.masked_fill(is_first, 0)} if share_prompts else {}
+    return shared | {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "groups": torch.arange(len(rows)).repeat_interleave(counts),

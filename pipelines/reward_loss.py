@@ -49,12 +49,13 @@ def reward_loss(
         A scalar, and the scores ``[N]``.
     """
     states: Tensor | None = None
+    rows = [batch[name] for name in ("input_ids", "attention_mask", "repeated") if name in batch]
     if section.aux_lm_coef:
         assert isinstance(model, RewardModel)
-        states = model.states(batch["input_ids"], batch["attention_mask"])
+        states = model.states(*rows)
         scores = model.score(states, batch["attention_mask"])
     else:
-        scores = model(batch["input_ids"], batch["attention_mask"])
+        scores = model(*rows)
     ranked = scores, batch["groups"], batch["targets"]
     if section.loss == "listwise":
         loss = listwise_loss(*ranked, num_rankings=num_rankings)

@@ -6,8 +6,10 @@ average.
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from align.adapter_methods import check_trained, say_share, trained_share
+from align.attention import packed_attention
 from align.errors import InputError, TrainingError
 from align.models import compute_device, recompute_activations
 from align.recipe import Recipe
@@ -36,12 +39,15 @@ from pipelines.trainer_checkpoints import train_to_end
 from pipelines.trainer_log import num_steps, training_arguments
 from reward.analysis import warnings
 from reward.calibrate import center_on
+from reward.encoder import EncoderReward
 from reward.ranking import count_rankings, pair_outcomes
 from reward.scorer import Row, score_rows
 
 CENTERING_ROWS = 512  # demonstrations that fix the zero of the scores
 PROBE_ROWS = 16  # demonstrations or responses on which the saved model is compared with the live
 RELOAD_TOLERANCE = 1e-5
+
+Collator = Callable[[Sequence[RankedTokens]], Batch]
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,13 @@ def run(job: StageJob) -> StageResult | None:
     base_parameters, model, lm_head = _new_model(recipe, start)
     share = trained_share(model.classifier, base_parameters)
     job.log.note(f"reward  {say_share(start.adapter.method, share)}")
-    trainer = _trainer(job, model, tokens, lm_head)
-    if not recipe.distributed.zero:
-        _try_longest(recipe, section, model, tokens, lm_head)
     looks = _looks(job, section, model, tokens)
-    train_to_end(trainer, job, looks)
+    with _sharing_prompts(model) as shared:
+        collator = partial(collate, pad_id=tokens.pad_id, share_prompts=shared)
+        trainer = _trainer(job, model, tokens, collator, lm_head)
+        if not recipe.distributed.zero:
+            _try_longest(recipe, section, model, tokens, collator, lm_head)
+        train_to_end(trainer, job, looks)
     if recipe.distributed.together:
         whole = alone_again(trainer, model, lambda: _new_model(recipe, start)[1])
         if whole is None:
@@ -115,6 +123,20 @@ def _new_model(recipe: Recipe, start: Start) -> tuple[int, AnyReward, nn.Module 
     if recipe.base.gradient_checkpointing:
         recompute_activations(model.backbone)
     return base_parameters, model, lm_head
+
+
+@contextmanager
+def _sharing_prompts(model: AnyReward) -> Iterator[bool]:
+    """Have the responses of a prompt share its computation while the model is trained.
+
+    Yields:
+        Whether they do: where each token sees those before it and nothing else.
+    """
+    if isinstance(model, EncoderReward) or model.has_prefix:
+        yield False
+        return
+    with packed_attention(model.backbone) as possible:
+        yield possible
 
 
 class RankingTrainer(Trainer):
@@ -242,7 +264,11 @@ def _demonstrations(job: StageJob, renderer: Renderer) -> list[Row]:
 
 
 def _trainer(
-    job: StageJob, model: AnyReward, tokens: Tokenized, lm_head: nn.Module | None
+    job: StageJob,
+    model: AnyReward,
+    tokens: Tokenized,
+    collator: Collator,
+    lm_head: nn.Module | None,
 ) -> RankingTrainer:
     recipe, section = job.recipe, job.recipe.reward
     assert section is not None
@@ -263,7 +289,7 @@ def _trainer(
             remove_unused_columns=False,
         ),
         train_dataset=tokens.train + ([_blank(tokens.train[0])] if together else []),
-        data_collator=lambda rows: collate(rows, tokens.pad_id),
+        data_collator=collator,
     )
     if together:
         share_batches(trainer, section, len(tokens.train), blank=True, order=order)
@@ -282,15 +308,16 @@ def _try_longest(
     section: Reward,
     model: AnyReward,
     tokens: Tokenized,
+    collator: Collator,
     lm_head: nn.Module | None,
 ) -> None:
     """Go once through the longest micro-batch there is; see ``pipelines.memory_check``."""
 
     count = section.micro_batch_size or section.batch_size
-    longest = sorted(tokens.train, key=lambda row: row.width * len(row.responses))[-count:]
+    longest = sorted(tokens.train, key=lambda row: row.num_tokens)[-count:]
 
     def step() -> Tensor:
-        batch = collate(longest, tokens.pad_id)
+        batch = collator(longest)
         model.train()
         batch = {name: values.to(compute_device()) for name, values in batch.items()}
         loss, _ = reward_loss(section, model, batch, lm_head=lm_head, num_rankings=None)

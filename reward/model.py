@@ -29,11 +29,13 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from align.adapter_methods import adapter_config
 from align.adapters import WEIGHTS, is_adapter, save_trained, share_config, trained_method
+from align.attention import is_packed
 from align.errors import ParentError
 from align.recipe_adapter import Adapter
 from align.sequences import position_ids
 from align.weights import check_files, check_fits, read_tensors, shapes
 from reward.calibrate import RewardModelError, read_calibration, write_calibration
+from reward.packing import pack
 
 HEAD_KEY = "base_model.model.score.weight"
 # The head of an adapter that wraps the model, of a prefix, and of a whole model.
@@ -156,23 +158,47 @@ class RewardModel(nn.Module):
         """What gives the hidden states, with the adapter in it."""
         return cast(PreTrainedModel, bare(self.classifier).base_model)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    @property
+    def has_prefix(self) -> bool:
+        """Whether what is trained are keys and values before every text."""
+        if not isinstance(self.classifier, PeftModel):
+            return False
+        return bool(self.classifier.active_peft_config.is_prompt_learning)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, repeated: Tensor | None = None
+    ) -> Tensor:
         """Score rows of prompt and response.
 
         Args:
             input_ids: ``[B, T]`` long; what fills the padding has no effect.
             attention_mask: ``[B, T]``, True for real tokens; padding on either side.
+            repeated: ``[B]``, the tokens of a prompt that are not computed again; see
+                ``reward.packing``. Has an effect under ``packed_attention`` only.
 
         Returns:
             ``[B]`` float32.
         """
-        return self.score(self.states(input_ids, attention_mask), attention_mask)
+        states = self.states(input_ids, attention_mask, repeated)
+        return self.score(states, attention_mask)
 
-    def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def states(
+        self, input_ids: Tensor, attention_mask: Tensor, repeated: Tensor | None = None
+    ) -> Tensor:
         """Return the backbone's last hidden states ``[B, T, H]`` of such rows."""
+        if is_packed(self.backbone):
+            packed = pack(input_ids, attention_mask, repeated)
+            states: Tensor = self.backbone(
+                input_ids=packed.input_ids,
+                position_ids=packed.position_ids,
+                use_cache=False,
+                return_dict=True,
+                layout=packed.layout,
+            ).last_hidden_state
+            return states[0, packed.places]
         seen, positions = attention_mask.long(), position_ids(attention_mask)
         prefix: dict[str, Any] = {}
-        if isinstance(self.classifier, PeftModel) and _is_prefix(self.classifier):
+        if isinstance(self.classifier, PeftModel) and self.has_prefix:
             count = self.classifier.active_peft_config.num_virtual_tokens
             prefix = {"past_key_values": self.classifier.get_prompt(len(seen))}
             seen, positions = F.pad(seen, (count, 0), value=1), positions + count
@@ -319,10 +345,6 @@ def _classifier(causal_lm: PreTrainedModel) -> Any:
 def bare(classifier: PeftModel | PreTrainedModel) -> Any:
     """Return the classifier itself, with the adapter that is in it."""
     return classifier.get_base_model() if isinstance(classifier, PeftModel) else classifier
-
-
-def _is_prefix(classifier: PeftModel) -> bool:
-    return bool(classifier.active_peft_config.is_prompt_learning)
 
 
 def _with_head(

@@ -141,12 +141,25 @@ def test_the_command_starts_without_any_heavy_library() -> None:
     assert modules_after("import launch.cli") & HEAVY == set()
 
 
+# A part of the standard library that takes half as long as our --help, wherever both are started.
+STANDARD = (
+    "import asyncio, unittest.mock, http.server, xmlrpc.client, multiprocessing.pool, pydoc,"
+    " decimal, sqlite3"
+)
+
+
+def processor_seconds(*arguments: str) -> float:
+    """Measure a new process of this Python: what else runs takes from the caches, not from this."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def test_help_takes_less_than_half_a_second() -> None:
-    """Measured as processor time, the best of four: what else runs takes from the caches, too."""
-    seconds = []
+    """The best of four; on a machine that is slow or busy now, by as much more."""
+    ours, standard = [], []
     for _ in range(4):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "launch", "--help"], cwd=ROOT, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 0.5
+        ours.append(processor_seconds("-m", "launch", "--help"))
+        standard.append(processor_seconds("-c", STANDARD))
+    assert min(ours) < max(0.5, 2.6 * min(standard))

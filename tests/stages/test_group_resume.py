@@ -28,7 +28,8 @@ from tests.stages.test_several_processes import (
 )
 
 EVERY_STEP = ("run.checkpoint_steps=1", "--nproc", "2")
-LONG = {"sft": "sft.epochs=8.0", "reward": "reward.epochs=8.0", "ppo": "ppo.steps=6"}
+# Long enough that a signal comes before the end, also on a machine that is busy.
+LONG = {"sft": "sft.epochs=24.0", "reward": "reward.epochs=24.0", "ppo": "ppo.steps=9"}
 # With the recipe's dropout, which draws from generators that differ between the processes.
 TRAINING = ("base.dtype=float32", "evaluate=null", "ppo=null")
 WAYS = [

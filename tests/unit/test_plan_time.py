@@ -54,8 +54,9 @@ def test_adapters_take_4_operations_for_a_weight_and_6_with_recomputation(
 
 
 def test_a_reward_model_has_no_output_embeddings() -> None:
+    """And the two responses of a pair, of 512 tokens each, share a prompt of 512."""
     training = parts("reward")["training"]
-    assert training.flops == 40_000 * 1024 * 6 * (6_476_005_376 + 2 * 32 * 4096 * 1024)
+    assert training.flops == 20_000 * 1536 * 6 * (6_476_005_376 + 2 * 32 * 4096 * 1024)
 
 
 def test_the_reward_stage_probes_its_report_and_learns_language_if_asked() -> None:
@@ -129,7 +130,7 @@ def test_rows_of_the_built_in_world_are_known() -> None:
     works = {work.stage: work for work in plan_work(recipe, plans.base_shape(recipe))}
     assert all(work.per_rows is None for work in works.values())
     assert works["sft"].parts[0].tokens == 4000 * 144 * 2 * 3 // 2
-    assert works["reward"].parts[0].tokens == 6000 * 4 * 144 * 2
+    assert works["reward"].parts[0].tokens == 6000 * (80 + 4 * 64) * 2  # a prompt stands once
     assert works["pretrain"].parts[0].tokens == 700 * 16 * 128 * 3
 
 
