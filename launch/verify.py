@@ -76,6 +76,8 @@ def _verify_stage(
         complete: whether there are such lines at all.
     """
     directory = run / stage
+    if directory.is_symlink():
+        return StageCheck("differs", 0, [_LINK])
     if not directory.is_dir():
         return StageCheck("not made")
     if not (directory / FILE).exists():

@@ -34,8 +34,11 @@ print(json.dumps(out[0, ids["input_ids"].shape[1]:].tolist()))
 """
 
 
+SECRETS = {"HF_TOKEN": "hf_" + "PlantedInTheWholeLoop", "WANDB_API_KEY": "f00d" * 10}
+
+
 def align(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | SECRETS
     result = subprocess.run(
         [sys.executable, "-m", "launch", *arguments],
         capture_output=True,
@@ -45,6 +48,7 @@ def align(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProc
         check=False,
     )
     assert result.returncode == code, result.stdout + result.stderr
+    assert not any(secret in result.stdout + result.stderr for secret in SECRETS.values())
     return result
 
 
@@ -85,6 +89,14 @@ def test_every_stage_finishes_and_the_report_is_written(run: Path) -> None:
     for stage in STAGES:
         assert manifest(run, stage)["status"] == "finished"
     assert "<html" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_no_file_holds_a_token(run: Path) -> None:
+    files = [path for path in run.parent.rglob("*") if path.is_file()]
+    assert len(files) > 40
+    for path in files:
+        content = path.read_bytes()
+        assert not any(secret.encode() in content for secret in SECRETS.values()), path
 
 
 def test_ppo_starts_at_the_sft_model_and_every_rollout_at_ratio_one(run: Path) -> None:

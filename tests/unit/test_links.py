@@ -99,6 +99,14 @@ def test_verify_names_links_even_to_equal_files(stage: Path, tmp_path: Path, nam
     assert checks["sft"].problems == [f"{name}: is a link; a run tree holds plain files"]
 
 
+def test_verify_names_a_stage_that_is_a_link(stage: Path, tmp_path: Path) -> None:
+    stage.rename(tmp_path / "elsewhere")
+    stage.symlink_to(tmp_path / "elsewhere")
+    checks, _ = verify_run(stage.parent)
+    assert checks["sft"].state == "differs"
+    assert checks["sft"].problems == ["is a link; a run tree holds plain files"]
+
+
 def test_a_source_that_links_to_itself(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").symlink_to(tmp_path / "rows.jsonl")
     source = {"path": "rows.jsonl"}
