@@ -119,13 +119,16 @@ def _calibration_sentences(metrics: Mapping[str, float]) -> list[str]:
         f" {percent(metrics['calibration/ece'])} on average (expected calibration error)."
     ]
     if "calibration/ece_scaled" in metrics:
-        temperature = metrics["calibration/temperature"]
-        sure = "too sure" if temperature > 1 else "not sure enough"
-        sentences.append(
-            f"It is {sure}: with its scores over {number(temperature)} it would be off by"
-            f" {percent(metrics['calibration/ece_scaled'])} (temperatures fitted on one half of the"
-            " prompts, measured on the other)."
-        )
+        temperature, scaled = metrics["calibration/temperature"], metrics["calibration/ece_scaled"]
+        how = "(temperatures fitted on one half of the prompts, measured on the other)"
+        if scaled < metrics["calibration/ece"]:
+            sure = "too sure" if temperature > 1 else "not sure enough"
+            better = f"with its scores over {number(temperature)} it would be off by"
+            sentences.append(f"It is {sure}: {better} {percent(scaled)} {how}.")
+        else:
+            sentences.append(
+                f"Dividing its scores by a temperature does not help: {percent(scaled)} {how}."
+            )
     return sentences
 
 

@@ -77,3 +77,12 @@ def test_the_page_holds_it_escaped(tmp_path: Path) -> None:
     assert "<b>.jsonl" not in page
     assert 'aria-label="Reliability diagram"' in page
     assert page.count("an empty answer") == 2
+
+
+def test_a_temperature_that_does_not_help_is_not_advised(tmp_path: Path) -> None:
+    write_stage(tmp_path / "reward", "reward", [], METRICS | {"calibration/ece_scaled": 0.12})
+    card = reward_card(read_run(tmp_path))
+    assert card is not None
+    text = " ".join(card.sentences).replace("\u00a0", " ")
+    assert "Dividing its scores by a temperature does not help: 12.0 %" in text
+    assert "too sure" not in text
