@@ -37,7 +37,7 @@ def logit_drift(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
 
 
 def score_drift(scores: Tensor, others: Tensor) -> dict[str, float]:
-    """Compare two reward models' scores of the same texts, ``[B]`` each.
+    """Compare two models' scores of the same texts, ``[B]`` each, or logits ``[B, C]``.
 
     Returns:
         ``score/mean`` and ``score/max`` of the absolute difference.

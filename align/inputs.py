@@ -63,6 +63,8 @@ def stage_data(recipe: Recipe, stage: StageName) -> dict[str, StageData]:
         "ppo": ("prompts",),
         "evaluate": ("prompts", "reward", "sft"),
     }[stage]
+    if stage == "evaluate" and recipe.reward is not None and recipe.reward.classes is not None:
+        names = ("prompts", "sft")  # a classifier is measured by its own stage
     if stage == "ppo" and recipe.ppo is not None and recipe.ppo.ptx is not None:
         names += (recipe.ppo.ptx.source,)
     sections = {name: getattr(recipe.data, name) for name in names}

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from align.errors import InputError, ParentError
 from align.recipe import StageName
+from align.recipe_reward import Reads
 
 FILE = "stage.json"
 METRICS = "metrics.jsonl"
@@ -84,6 +85,13 @@ class DataFacts(_Part):
     dropped: dict[str, int]
 
 
+class ClassifierFacts(_Part):
+    """What a classifier tells apart, in the order of its logits, and what it reads."""
+
+    labels: tuple[str, ...]
+    reads: Reads
+
+
 class Manifest(_Part):
     """The content of ``stage.json``.
 
@@ -106,6 +114,7 @@ class Manifest(_Part):
     parents: tuple[ParentFacts, ...]
     data: tuple[DataFacts, ...]
     files: dict[str, str] = {}
+    classifier: ClassifierFacts | None = None  # what the reward stage made, if no reward model
     metrics: dict[str, float]
     outputs: dict[Annotated[str, AfterValidator(_inside)], str]
     wandb_id: str | None

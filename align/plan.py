@@ -180,9 +180,10 @@ def _reward(setup: Setup) -> StagePlan:
     rankings, _ = rows_and_passes(section, recipe.distributed)
     rows = rankings * responses_per_ranking(recipe)
     weights, trained = setup.model("reward", head=False)
-    gradients, states = training_items([*trained, shape.hidden], section)
+    scores = len(section.labels) or 1
+    gradients, states = training_items([*trained, scores * shape.hidden], section)
     # PEFT keeps the head as it was beside the one that is trained.
-    head = setup.head("reward", copies=1 if setup.full else 2)
+    head = setup.head("reward", rows=scores * (1 if setup.full else 2))
     kept = [overhead("reward"), *weights, head, states]
     if section.base is None:
         tokens = rankings * ranking_tokens(recipe)
@@ -284,8 +285,12 @@ def _reward_roles(setup: Setup, section: Ppo | None) -> list[Item]:
         names = set()
     if recipe.reward is not None and recipe.reward.base is not None:
         names -= {"reward"}  # it reads the text, on a base of its own
-    roles = [f"reward{number or ''}" for number in range(len(names))]
-    return [item for role in roles for item in (setup.adapter(role), setup.head(role))]
+    roles = {f"reward{number or ''}": 1 for number in range(len(names))}
+    if "reward" in names and recipe.reward is not None:  # its own comes first
+        roles["reward"] = len(recipe.reward.labels) or 1
+    return [
+        i for role, rows in roles.items() for i in (setup.adapter(role), setup.head(role, rows))
+    ]
 
 
 def _logprobs(setup: Setup, section: Ppo, rows: int) -> list[Item]:

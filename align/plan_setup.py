@@ -127,9 +127,13 @@ class Setup:
         count = self.shape.parameters - (0 if head else self.shape.head)
         return [Item(f"model: {role}", count * FLOAT, f"{count:,} x {FLOAT} B", "weights")], [count]
 
-    def head(self, role: str, copies: int = 1) -> Item:
-        """Return a role's score head, whose shift and scale count as two numbers."""
-        count = copies * self.shape.hidden + 2
+    def head(self, role: str, rows: int = 1) -> Item:
+        """Return a role's score head, whose shift and scale count as two numbers.
+
+        Args:
+            rows: of weights: scores of a text, of all copies.
+        """
+        count = rows * self.shape.hidden + 2
         return Item(f"head: {role}", count * FLOAT, f"{count:,} x {FLOAT} B", "weights")
 
     def activations(
@@ -213,7 +217,12 @@ def logits_item(name: str, tokens: int, vocab: int, width: int) -> Item:
 
 
 def responses_per_ranking(recipe: Recipe) -> int:
-    """Return how many responses a ranking has: two, where only its file could say more."""
+    """Return how many responses a ranking has: two, where only its file could say more.
+
+    A classifier's row is one.
+    """
+    if recipe.reward is not None and recipe.reward.classes is not None:
+        return 1
     data: StageData | None = recipe.data.reward
     worlds = [s.world for s in data.train] if data is not None else []
     return recipe.data.world.responses_per_ranking if "rankings" in worlds else 2

@@ -175,7 +175,8 @@ def _reward(setup: Setup) -> StageWork:
     if heldout:
         scored, probed = heldout * each, _PROBES * min(heldout, _PROBED_ROWS)
         parts.append(_passes("held-out scores", setup, scored, setup.longest, rows, head=False))
-        parts.append(_passes("probes", setup, probed, setup.longest, rows, head=False))
+        if section.classes is None:
+            parts.append(_passes("probes", setup, probed, setup.longest, rows, head=False))
     return StageWork("reward", tuple(parts), per_rows)
 
 

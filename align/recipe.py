@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from align.recipe_adapter import Adapter
 from align.recipe_distributed import Distributed
-from align.recipe_ppo import Ppo
+from align.recipe_ppo import Ppo, RewardSource
 from align.recipe_pretrain import Pretrain
 from align.recipe_reward import Label, Reward
 from align.recipe_run import Run
@@ -99,6 +99,7 @@ class Source(Section):
         "transcript_pairs",
         "pairs",
         "labelled_pairs",
+        "labelled",
         "ranking",
         "prompts",
         "text",
@@ -296,9 +297,12 @@ class Recipe(Section):
             needed = "needs the demonstrations of data.sft; allowed without them: none"
             problems.append(("reward.center_on", needed))
         has_model = self.reward or self.run.parents.reward
-        if self.data.benchmark and not has_model:
-            needed = "tests a reward model: needs a reward section or run.parents.reward"
-            problems.append(("data.benchmark", needed))
+        scores = has_model and not (self.reward and self.reward.labels)
+        if self.data.benchmark and not scores:
+            needed = (
+                "tests a reward model: needs a reward section, with a loss of pairs or listwise"
+            )
+            problems.append(("data.benchmark", f"{needed}, or run.parents.reward"))
         if self.ppo and self.ppo.needs_reward_stage and not has_model:
             needed = "needs a reward section, run.parents.reward, or a function as ppo.reward"
             problems.append(("ppo.reward", needed))
@@ -339,6 +343,13 @@ class Recipe(Section):
             problems.append((key, f"{needed}; allowed with base.quantization: shared"))
         if ppo.ptx and getattr(self.data, ppo.ptx.source) is None:
             problems.append(("ppo.ptx.source", f"needs a section data.{ppo.ptx.source}"))
+        if self.reward:
+            sources = [("ppo.reward", source) for source in ppo.reward_sources]
+            if ppo.heldout_reward == "reward":
+                sources.append(("ppo.heldout_reward", RewardSource(model="reward")))
+            own = [(key, source) for key, source in sources if "reward" in source.models]
+            found = [(key, source.label_problem(self.reward.labels, None)) for key, source in own]
+            problems += [(key, problem) for key, problem in found if problem]
         if ppo.heldout_reward == "reward" and not (self.reward or self.run.parents.reward):
             needed = "needs a reward section or run.parents.reward"
             problems.append(("ppo.heldout_reward", needed))

@@ -9,6 +9,7 @@ from align.recipe_types import Optimisation, Positive, Section, refuse
 if TYPE_CHECKING:
     from align.recipe import Recipe
     from align.recipe_ppo import Ppo
+    from align.recipe_reward import Reward
 
 Zero = Literal[0, 1, 2, 3]
 Offload = Literal["none", "optimizer", "all"]
@@ -76,10 +77,17 @@ class Distributed(Section):
         if recipe.pretrain is not None and recipe.pretrain.objective == "masked":
             needed = "an encoder is made by one process alone so far"
             problems.append(("pretrain.objective", f"not built: {needed}; allowed: causal"))
-        if recipe.reward is not None and recipe.reward.base is not None:
+        return problems + (self._reward_problems(recipe.reward) if recipe.reward else [])
+
+    def _reward_problems(self, reward: "Reward") -> list[tuple[str, str]]:
+        problems = []
+        if reward.base is not None:
             needed = "an encoder is trained by one process alone so far"
             problems.append(("reward.base", f"not built: {needed}; make it by another recipe"))
-        if recipe.reward is not None and recipe.reward.aux_lm_coef:
+        if reward.classes is not None:
+            needed = "a classifier is trained by one process alone so far"
+            problems.append(("reward.loss", f"not built: {needed}; make it by another recipe"))
+        if reward.aux_lm_coef:
             needed = "reads the output embeddings of a model that several processes train"
             problems.append(("reward.aux_lm_coef", f"not built: it {needed}; allowed: 0"))
         return problems

@@ -1,9 +1,11 @@
 """What a recipe may say about PPO: the reward, the KL penalty, the critic, and when to stop."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from align.recipe_reward import Reads
 from align.recipe_types import (
     FiniteFloat,
     Fraction,
@@ -33,6 +35,7 @@ class RewardSource(Section):
     """One part of the reward: exactly one of ``model``, ``ensemble`` and ``function``."""
 
     model: RewardModelPath | None = None
+    label: str | None = None  # of a classifier: the class whose probability is the score
     # Several reward models: mean - std_penalty * standard deviation of their scores.
     ensemble: Strings | None = None
     std_penalty: NotNegativeFloat = 0.0
@@ -44,9 +47,30 @@ class RewardSource(Section):
         check_exactly_one(self, ("model", "ensemble", "function"))
         if self.ensemble is not None and len(self.ensemble) < 2:
             refuse("ensemble", "names one model; allowed: two or more, or `model` for one")
+        if self.label is not None and self.model is None:
+            refuse("label", "is a class of one model; allowed: with model")
         if self.std_penalty and self.ensemble is None:
             refuse("std_penalty", "needs an ensemble; allowed without one: 0")
         return self
+
+    def label_problem(self, labels: Sequence[str], reads: Reads | None) -> str | None:
+        """Say why a model of this part cannot score as the part says; None if it can.
+
+        Args:
+            labels: the model's classes; of a reward model none.
+            reads: what a classifier reads, where that is known.
+        """
+        if not labels:
+            return f"label={self.label}: the model is no classifier" if self.label else None
+        if self.ensemble is not None:
+            return "a classifier has no place in an ensemble; allowed: reward models"
+        if self.label not in labels:
+            found = f"found {self.label!r}" if self.label else "the model is a classifier"
+            source = f"{{model: {self.model}, label: {' or '.join(labels)}}}"
+            return f"{found}; allowed: a reward model, or as a part of ppo.reward {source}"
+        if reads == "pair":
+            return "the classifier reads pairs of texts; allowed: one of responses, or of texts"
+        return None
 
     @property
     def models(self) -> tuple[str, ...]:

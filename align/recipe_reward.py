@@ -5,7 +5,15 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, model_validator
 
 from align.recipe_adapter import Adapter, Method
-from align.recipe_types import NotNegativeFloat, PositiveFloat, Section, Watched, refuse
+from align.recipe_types import (
+    NotNegativeFloat,
+    PositiveFloat,
+    Section,
+    Strings,
+    Watched,
+    refuse,
+    refuse_all,
+)
 
 # How much better the better response is, in the words of Llama 2's annotators (Touvron et al. 2023,
 # section 3.1), from the weakest.
@@ -30,6 +38,38 @@ MARGINS = {"small": (0.0, 1 / 3, 2 / 3, 1.0), "large": (0.0, 1.0, 2.0, 3.0)}
 
 
 Pooling = Literal["cls", "mean"]
+
+
+# What a classifier reads: a text, two texts, or a response with its prompt.
+Reads = Literal["text", "pair", "response"]
+
+
+class Classes(Section):
+    """What a classifier tells apart. A label's place in the list, from 0, is its number."""
+
+    labels: Strings
+
+    @model_validator(mode="after")
+    def _check(self) -> "Classes":
+        if len(self.labels) < 2:
+            refuse("labels", "names one class; allowed: two or more")
+        twice = next((label for label in self.labels if self.labels.count(label) > 1), None)
+        if twice is not None:
+            refuse("labels", f"names {twice!r} twice; allowed: every label once")
+        if "" in self.labels:
+            refuse("labels", "holds an empty label; allowed: text")
+        return self
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Return the number of every label as rows may write it: its name, or its number.
+
+        Where a name looks like a number itself, as with stars from 1 to 5, only names count.
+        """
+        named = {label: number for number, label in enumerate(self.labels)}
+        if any(label.lstrip("+-").isdecimal() for label in self.labels):
+            return named
+        return named | {str(number): number for number in named.values()}
 
 
 class RewardBase(Section):
@@ -61,11 +101,14 @@ class Reward(Watched):
     base: RewardBase | None = None  # null: the SFT model
     epochs: PositiveFloat = 1.0
     # pairs: Bradley-Terry on all pairs of a prompt. listwise: Plackett-Luce on its whole order.
-    loss: Literal["pairs", "listwise"] = "pairs"
+    # classes: cross-entropy on rows with a label each; the model is a classifier.
+    loss: Literal["pairs", "listwise", "classes"] = "pairs"
+    classes: Classes | None = None  # with loss=classes
     # Subtracted from the difference of a pair's scores (Llama 2, eq. 2): the rows' own column, or
     # what their column `strength` stands for in one of Llama 2's tables.
     margin: Literal["none", "column", "small", "large"] = "none"
-    # The share of labels that are wrong, where it is known.
+    # The share of labels that are wrong, where it is known; of classes, the share of a row that is
+    # spread over all of them.
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     # Learn the share of annotators who preferred a response, where rows hold their votes.
     soft_labels: bool = False
@@ -77,6 +120,12 @@ class Reward(Watched):
 
     @model_validator(mode="after")
     def _check(self) -> "Reward":
+        if (self.loss == "classes") != (self.classes is not None):
+            needed = "goes with loss=classes, and loss=classes needs it: {labels: [...]}"
+            refuse("classes", needed)
+        if self.loss == "classes":
+            self._check_classes()
+            return self
         of_pairs = [
             name
             for name, given in (
@@ -96,6 +145,29 @@ class Reward(Watched):
                 " of margin, label_smoothing and soft_labels",
             )
         return self
+
+    def _check_classes(self) -> None:
+        """Refuse what is a matter of rankings."""
+        of_rankings = {
+            "margin": "none",
+            "soft_labels": False,
+            "centering_coef": 0.0,
+            "aux_lm_coef": 0.0,
+            "center_on": "none",
+        }
+        why = "is a matter of ranked responses, and loss=classes has none; allowed:"
+        problems = [
+            (key, f"{why} {str(allowed).lower()}")
+            for key, allowed in of_rankings.items()
+            if getattr(self, key) != allowed
+        ]
+        if problems:
+            refuse_all(problems)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of a classifier; of a reward model none."""
+        return self.classes.labels if self.classes is not None else ()
 
     def problems_with_adapter(self, method: Method) -> list[tuple[str, str]]:
         """Return what is refused beside ``adapter.method``: key and what is wrong with it."""

@@ -202,14 +202,28 @@ def read_parents(recipe: Recipe, stage: StageName) -> dict[StageName, Manifest]:
 
     Raises:
         ParentError: a parent is missing, unfinished, of another kind, or two of them differ in
-            base, tokenizer or chat template; the message names both sides.
+            base, tokenizer or chat template; the message names both sides. Or PPO's reward names no
+            class of a classifier.
     """
     parents = {
         name: read_manifest(stage_directory(recipe, name), name)
         for name in parent_stages(recipe, stage)
     }
     check_same_origin({str(stage_directory(recipe, n)): m for n, m in parents.items()})
-    read_reward_models(recipe, stage)
+    models = read_reward_models(recipe, stage)
+    if "reward" in parents:
+        models["reward"] = parents["reward"]
+    for key, source in reward_sources(recipe.ppo, stage).items():
+        for name in source.models:
+            facts = models[name].classifier
+            labels, reads = (facts.labels, facts.reads) if facts else ((), None)
+            problem = source.label_problem(labels, reads)
+            if problem is not None:
+                raise ParentError(f"{key}: {name}: {problem}")
+    own = models.get("reward")
+    if stage == "evaluate" and recipe.data.benchmark and own and own.classifier:
+        place = stage_directory(recipe, "reward")
+        raise ParentError(f"data.benchmark: tests a reward model; {place} holds a classifier")
     return parents
 
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -10,9 +10,11 @@ from align.errors import DataError, printable_lines
 from align.inputs import source_fingerprint, stage_data
 from align.manifest import DataFacts
 from align.recipe import Recipe, Source, StageData, StageName
+from align.recipe_reward import Classes
 from data.conversations import Dropped, Fault
 from data.records import (
     Demonstration,
+    Labelled,
     Message,
     Prompt,
     Ranking,
@@ -29,19 +31,23 @@ INVALID = "invalid"  # what malformed rows are counted under where data.bad_rows
 _LISTED = 20
 _ROWS_LISTED = 5  # of those dropped for one reason
 
-# What the stages that read a section need.
+# What the stages that read a section need; `classes` is the section of a reward stage that makes a
+# classifier.
 _NEEDS: dict[str, str] = {
+    "pretrain": "text",
     "sft": "answers",
     "reward": "ranked responses",
+    "classes": "rows with a label each",
     "prompts": "prompts",
     "benchmark": "ranked responses",
 }
-_STAGE_OF = {"prompts": "ppo", "benchmark": "evaluate"}
+_STAGE_OF = {"prompts": "ppo", "benchmark": "evaluate", "classes": "reward"}
 _HOLDS: dict[type, str] = {
     Text: "plain text",
     Prompt: "prompts only",
     Demonstration: "demonstrations without a comparison",
     Ranking: "rankings",
+    Labelled: "labelled rows",
 }
 
 
@@ -84,8 +90,9 @@ def load_records(recipe: Recipe, stage: StageName) -> dict[str, LoadedData]:
 
     The evaluation also reads ``benchmark.<subset>``, with all of its rows under ``train``.
 
-    pretrain takes any record, sft demonstrations (of a ranking its best response), reward rankings,
-    prompts prompts (of a richer record its beginning). Remarks (dropped rows, duplicates, prompts
+    pretrain takes any record but labelled rows, sft demonstrations (of a ranking its best
+    response), reward rankings, of a classifier labelled rows, all of one form; prompts prompts (of
+    a richer record its beginning). Remarks (dropped rows, duplicates, prompts
     both in train and heldout) are printed to stderr.
 
     Raises:
@@ -143,11 +150,11 @@ def _load_sections(
         for part, sources in (("train", data.train), ("heldout", data.heldout)):
             for i, source in enumerate(sources):
                 place = f"data.{section}.{part}[{i}]"
-                if _kind(section) == "benchmark":
+                if section.startswith("benchmark."):
                     place = f"data.{section}"
                 fingerprint = source_fingerprint(recipe, source)
                 name = fingerprint["id"]
-                found = _convert_rows(read(source, place, name), section, place, name)
+                found = _source_rows(recipe, section, source, place, name, read)
                 parts[part] += found.records
                 kept = len(found.records)
                 facts.append(
@@ -165,6 +172,7 @@ def _load_sections(
                     )
                 _check_dropped(recipe, place, name, found, say)
         train, heldout = tuple(parts["train"]), tuple(parts["heldout"])
+        _check_alike(section, train + heldout)
         loaded[section] = LoadedData(train, heldout, tuple(facts))
     if faults:
         faults = list(dict.fromkeys(faults))  # two sections may hold the same file
@@ -174,7 +182,46 @@ def _load_sections(
     return loaded
 
 
-def _convert_rows(rows: Iterable[_Row], section: str, place: str, name: str) -> _SourceRows:
+def _source_rows(
+    recipe: Recipe, section: str, source: Source, place: str, name: str, read: _Reader
+) -> _SourceRows:
+    classes = recipe.reward.classes if recipe.reward and section == "reward" else None
+    if classes is None:
+        return _convert_rows(read(source, place, name), section.partition(".")[0], place, name)
+    if source.shape == "auto" and source.world is None:
+        source = source.model_copy(update={"shape": "labelled"})
+    rows = _known_labels(read(source, place, name), source, classes)
+    return _convert_rows(rows, "classes", place, name)
+
+
+def _known_labels(rows: Iterable[_Row], source: Source, classes: Classes) -> Iterator[_Row]:
+    """Yield the rows, with a Fault in the place of those whose label is not in the recipe."""
+    name = source.columns.get("label", "label")
+    for origin, row in rows:
+        if isinstance(row, Labelled) and row.label not in classes.numbers:
+            allowed = f"one of reward.classes.labels ({', '.join(classes.labels)})"
+            fix = "correct the row, or add it to the labels"
+            yield origin, Fault(name, f"the label {row.label!r}", allowed, fix)
+        else:
+            yield origin, row
+
+
+def _check_alike(section: str, records: Sequence[Record]) -> None:
+    """Refuse labelled rows of several forms: a classifier reads one.
+
+    Raises:
+        DataError: names a row of each form.
+    """
+    forms = {row.reads: row.origin for row in records if isinstance(row, Labelled)}
+    if len(forms) > 1:
+        found = ", ".join(f"{reads} ({origin})" for reads, origin in sorted(forms.items()))
+        raise DataError(
+            f"data.{section}: holds labelled rows of several forms: {found}; allowed: one of text,"
+            " a pair of texts, or a response with its prompt"
+        )
+
+
+def _convert_rows(rows: Iterable[_Row], kind: str, place: str, name: str) -> _SourceRows:
     dropped: dict[str, list[str]] = {}
     judged_twice: list[str] = []
     faults: list[str] = []
@@ -183,7 +230,7 @@ def _convert_rows(rows: Iterable[_Row], section: str, place: str, name: str) -> 
     total = 0
     for origin, result in rows:
         total += 1
-        record = result if isinstance(result, Exception) else _convert(result, section)
+        record = result if isinstance(result, Exception) else _convert(result, kind)
         number = origin.rpartition(":")[2]
         if isinstance(result, Ranking) and result.judged_twice:
             judged_twice.append(number)
@@ -193,25 +240,16 @@ def _convert_rows(rows: Iterable[_Row], section: str, place: str, name: str) -> 
             faults.append(f"{origin}: {record}")
         elif isinstance(record, _Unfit):
             unfit[record.kind] += 1
-            fault = Fault(
-                "row", _HOLDS[record.kind], _NEEDS[_kind(section)], "correct or remove the row"
-            )
+            fault = Fault("row", _HOLDS[record.kind], _NEEDS[kind], "correct or remove the row")
             faults.append(f"{origin}: {fault}")
         else:
             assert not isinstance(record, Exception)
             kept.append(replace(record, origin=origin))
     if unfit and not kept:
         held = " and ".join(sorted(_HOLDS[kind] for kind in unfit))
-        stage = _STAGE_OF.get(_kind(section), section)
-        raise DataError(
-            f"{place} ({name}) holds {held}; the {stage} stage needs {_NEEDS[_kind(section)]}"
-        )
+        stage = _STAGE_OF.get(kind, kind)
+        raise DataError(f"{place} ({name}) holds {held}; the {stage} stage needs {_NEEDS[kind]}")
     return _SourceRows(kept, total, dropped, judged_twice, faults)
-
-
-def _kind(section: str) -> str:
-    """Return ``benchmark`` for ``benchmark.<subset>``; of any other section, its name."""
-    return section.partition(".")[0]
 
 
 class _Unfit(Exception):
@@ -240,14 +278,16 @@ def _read_rows(recipe: Recipe, source: Source, place: str, name: str) -> Iterato
         raise DataError(f"{place} ({name}): holds no rows")
 
 
-def _convert(record: Record, section: str) -> Record | _Unfit:
-    if section == "pretrain":
+def _convert(record: Record, kind: str) -> Record | _Unfit:
+    if isinstance(record, Labelled):
+        return record if kind == "classes" else _Unfit(Labelled)
+    if kind == "pretrain":
         return record
-    if section == "sft" and isinstance(record, Demonstration | Ranking):
+    if kind == "sft" and isinstance(record, Demonstration | Ranking):
         return as_demonstration(record)
-    if _kind(section) in ("reward", "benchmark") and isinstance(record, Ranking):
+    if kind in ("reward", "benchmark") and isinstance(record, Ranking):
         return record
-    if section == "prompts" and not isinstance(record, Text):
+    if kind == "prompts" and not isinstance(record, Text):
         return as_prompt(record)
     return _Unfit(type(record))
 
@@ -298,7 +338,9 @@ def _remark(section: str, loaded: LoadedData) -> None:
         )
 
 
-def _prompt_of(record: Record) -> str | tuple[Message, ...]:
+def _prompt_of(record: Record) -> str | tuple[Message | str, ...]:
+    if isinstance(record, Labelled):
+        return record.messages + record.texts
     return record.text if isinstance(record, Text) else as_prompt(record).messages
 
 

@@ -6,7 +6,7 @@ record's beginning is a prompt), so that one file can feed several stages; ``as_
 
 from dataclasses import dataclass, field
 
-from align.recipe_reward import Strength
+from align.recipe_reward import Reads, Strength
 
 ROLES = ("system", "user", "assistant")
 
@@ -65,7 +65,28 @@ class Ranking:
     judged_twice: bool = field(default=False, compare=False)
 
 
-Record = Text | Prompt | Demonstration | Ranking
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """What a classifier learns from: a text, two texts, or a response to a prompt, with its label.
+
+    ``texts`` are one or two, or the response alone; ``messages`` are its prompt, of mere texts
+    none. ``label`` is as the row has it, not checked against any list.
+    """
+
+    texts: tuple[str, ...]
+    label: str
+    messages: tuple[Message, ...] = ()
+    origin: str = field(default="", compare=False)
+
+    @property
+    def reads(self) -> Reads:
+        """What a classifier that learns from this reads."""
+        if self.messages:
+            return "response"
+        return "text" if len(self.texts) == 1 else "pair"
+
+
+Record = Text | Prompt | Demonstration | Ranking | Labelled
 
 
 def as_prompt(record: Prompt | Demonstration | Ranking) -> Prompt:

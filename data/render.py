@@ -16,7 +16,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from align.errors import InputError
-from data.records import Message, Prompt, Record, Text, as_demonstration
+from data.records import Labelled, Message, Prompt, Record, Text, as_demonstration
 from data.tokenizer import check_template, end_ids, render_text, special_tokens
 
 Row = TypeVar("Row")
@@ -129,6 +129,26 @@ class Renderer:
         self._check_length(ids[start:stop])
         return ids[start:stop]
 
+    def labelled(self, record: Labelled) -> tuple[list[int], list[int]]:
+        """Return the ids of a labelled row: two texts', or prompt's and response's; the second may
+        be none.
+
+        Texts stand as a tokenizer for pairs of texts has them, BERT's for one: what begins a text,
+        then each with the id that ends a turn (an encoder's separator). The first is cut like a
+        prompt, the second never.
+
+        Raises:
+            Unusable: ``special_token_text``, or see ``response``.
+        """
+        if record.messages:
+            return self.prompt(record.messages), self.response(record.messages, *record.texts)
+        first, *second = [[*self._split_up(text), self.end_ids[0]] for text in record.texts]
+        for ids in second:
+            self._check_length(ids)
+        begins = self.tokenizer.cls_token_id, self.tokenizer.bos_token_id
+        start = [i for i in begins if i is not None][:1]
+        return self._cut(start + first), [i for ids in second for i in ids]
+
     def document(self, record: Record) -> list[int]:
         """Return the ids of any record, to model as language.
 
@@ -138,6 +158,7 @@ class Renderer:
         Raises:
             Unusable: ``special_token_text``, or see ``demonstration``.
         """
+        assert not isinstance(record, Labelled)
         if isinstance(record, Text):
             return self._split_up(record.text)
         if isinstance(record, Prompt):

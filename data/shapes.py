@@ -26,6 +26,7 @@ from data.conversations import (
     read_sharegpt_answer,
     split_pair,
 )
+from data.labelled import FIELDS, label_text, read_labelled
 from data.records import Demonstration, Message, Prompt, Ranking, Record, Text
 from data.sources import is_csv
 
@@ -183,7 +184,7 @@ def _judgement(
     row: Fields, source: Source, label: object
 ) -> tuple[tuple[float, float], Strength | None]:
     """Return the votes for first and second that a label stands for, and how strong it is."""
-    meaning = source.labels.get(_label_text(label))
+    meaning = source.labels.get(label_text(label))
     if meaning is None:
         allowed = ", ".join(source.labels) or "none"
         raise Fault(
@@ -260,6 +261,7 @@ _SHAPES: dict[str, tuple[_Reader, tuple[str, ...]]] = {
         ("prompt", "chosen", "rejected", "margin", "strength", "agreement", "subset"),
     ),
     "labelled_pairs": (_labelled_pairs, ("prompt", "input", "first", "second", "label")),
+    "labelled": (read_labelled, FIELDS),
     "ranking": (
         _rankings,
         ("prompt", "responses", "scores", "ranks", "votes", "candidates", "text", "rank", "score"),
@@ -389,8 +391,3 @@ def _ranking(
         subset=subset,
         judged_twice=differs,
     )
-
-
-def _label_text(label: object) -> str:
-    # As the label stands in a YAML or JSON file: `true`, not Python's `True`.
-    return str(label).lower() if isinstance(label, bool) else str(label)

@@ -176,7 +176,9 @@ def interval_chart(bars: Sequence[Bar], *, chance: float, name: str) -> str:
 def reliability_chart(bins: Sequence[Reliability], *, name: str) -> str:
     """Draw how often a model is right over how sure it says it is; larger dots hold more pairs."""
     with _chart(420, 250) as (figure, (axes,)):
-        axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        # Of several classes the likeliest may have less than half.
+        lowest = min(0.5, *(part.said for part in bins))
+        axes.plot([lowest, 1], [lowest, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         most = max(part.pairs for part in bins)
         axes.plot([b.said for b in bins], [b.right for b in bins], color=SFT, alpha=0.35)
         axes.scatter(

@@ -52,7 +52,7 @@ def run(job: StageJob) -> StageResult:
     loaded = load_roles(job, _adapters(job), max_new_tokens=section.max_new_tokens)
     prompts = usable_prompts(job, loaded, prompts)
     categories = _categories(section, prompts)
-    own = own_scorer(job, loaded, section.batch_size) if "reward" in job.parents else None
+    own = own_scorer(job, loaded, section.batch_size) if _has_reward_model(job) else None
     scorer = ppo_scorer(job, recipe.ppo, loaded) if recipe.ppo is not None else own
     demonstrations = _demonstrations(job, loaded.renderer, section)
     rankings = _rankings(job, loaded.renderer, section)
@@ -108,13 +108,18 @@ def _heldout_prompts(job: StageJob, section: Evaluate) -> tuple[list[Prompt], in
     return chosen, max(0, len(chosen) - (len(prompts) - seen))
 
 
+def _has_reward_model(job: StageJob) -> bool:
+    """Return whether the recipe's own reward stage has made one that ranks, no classifier."""
+    return "reward" in job.parents and job.parents["reward"].classifier is None
+
+
 def _adapters(job: StageJob) -> dict[Role, Path]:
     if "sft" not in job.parents:
         raise ParentError("evaluate compares with the SFT model; the recipe has no sft section")
     adapters: dict[Role, Path] = {"reference": job.parent_folder("sft") / "model"}
     if "ppo" in job.parents:
         adapters["policy"] = job.parent_folder("ppo") / "policy"
-    if "reward" in job.parents and not reads_text(job):
+    if _has_reward_model(job) and not reads_text(job):
         adapters["reward"] = job.parent_folder("reward") / "model"
     if job.recipe.ppo is not None:
         adapters |= reward_roles(job, job.recipe.ppo)
@@ -170,7 +175,7 @@ def _rankings(job: StageJob, renderer: Renderer, section: Evaluate) -> list[Rend
     Only for a reward model: without one there is nothing to be accurate.
     """
     data = job.data.get("reward")
-    if data is None or "reward" not in job.parents:
+    if data is None or not _has_reward_model(job):
         return []
     rows: list[Ranking] = []
     pairs = 0

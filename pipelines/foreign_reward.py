@@ -26,26 +26,28 @@ from align.models import base_config, base_facts, check_lengths, compute_device,
 from align.recipe import Base, Recipe
 from align.roles import Roles
 from align.sequences import join, micro_batches
-from data.records import Message, Prompt
+from data.records import Labelled, Message, Prompt
 from data.render import Renderer, Unusable, render_all
 from data.tokenizer import template_sha256, tokenizer_sha256
 from pipelines.encoder_base import load_finished
-from reward.model import load_score_head
+from reward.head import load_score_head
 from reward.scorer import Row, score_rows
 
 
 @dataclass(frozen=True)
 class ForeignRewards:
-    """Reward models on one base of their own."""
+    """Reward models on one base of their own, or classifiers, whose scores are logits."""
 
     folders: tuple[Path, ...]  # of their stages
     renderer: Renderer
     positions: int  # tokens that the base can read
     score: Callable[[int, Sequence[Row]], Tensor]  # of one of the models: rows to scores
+    reads_text: bool = False  # they are classifiers of texts, and given the response alone
 
     @torch.no_grad()
     def scores(self, number: int, prompts: Sequence[Chat], responses: Sequence[str]) -> Tensor:
-        """Return the scores that one of the models gives to responses, ``[B]`` float32.
+        """Return the scores that one of the models gives to responses, ``[B]`` float32, or its
+        logits ``[B, C]``.
 
         A response that ran into its length limit is rendered as if it had ended there; what that
         costs is for ``ppo.missing_eos`` to say.
@@ -61,6 +63,8 @@ class ForeignRewards:
         Raises:
             InputError: with the counts by reason.
         """
+        if self.reads_text:
+            return
         _, lost = render_all(prompts, lambda prompt: self.renderer.prompt(prompt.messages))
         if lost:
             reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(lost.items()))
@@ -71,20 +75,32 @@ class ForeignRewards:
 
     def _render(self, prompt: Chat, response: str) -> tuple[list[int], list[int]]:
         """Return the ids of prompt and response; what does not fit is the prompt's beginning."""
+        if self.reads_text:
+            with self._refusing(response):
+                return self.renderer.labelled(Labelled((response,), ""))
         messages = [Message(turn["role"], turn["content"]) for turn in prompt]
-        try:
+        with self._refusing(response):
             prompt_ids = self.renderer.prompt(messages)
             response_ids = self.renderer.response(messages, response)
-        except Unusable as error:
-            raise TrainingError(
-                f"{self.folders[0]}: its template and tokenizer cannot write the response"
-                f" {response[:80]!r} ({error.reason})"
-            ) from None
         room = self.positions - len(response_ids)
         if len(prompt_ids) > room:
             narrower = Renderer(self.renderer.tokenizer, room, self.positions)
             prompt_ids = narrower.prompt(messages)
         return prompt_ids, response_ids
+
+    @contextmanager
+    def _refusing(self, response: str) -> Iterator[None]:
+        try:
+            yield
+        except Unusable as error:
+            raise TrainingError(
+                f"{self.folders[0]}: its template and tokenizer cannot write the response"
+                f" {response[:80]!r} ({error.reason})"
+            ) from None
+
+
+def _reads_text(manifest: Manifest) -> bool:
+    return manifest.classifier is not None and manifest.classifier.reads == "text"
 
 
 def load_foreign_rewards(
@@ -139,7 +155,7 @@ def load_foreign_rewards(
         return torch.cat([roles.scores(sequences.rows(part), f"reward{number}") for part in parts])
 
     renderer = Renderer(tokenizer, recipe.data.max_prompt_tokens, positions - 1)
-    return ForeignRewards(tuple(folders), renderer, positions, score)
+    return ForeignRewards(tuple(folders), renderer, positions, score, _reads_text(manifest))
 
 
 def _load_encoder(
@@ -159,7 +175,7 @@ def _load_encoder(
         return score_rows(model, rows, batch_size=batch_size, pad_id=pad, device=device).to(device)
 
     renderer = Renderer(tokenizer, model.form.max_prompt_tokens, positions - 1)
-    return ForeignRewards((folder,), renderer, positions, score)
+    return ForeignRewards((folder,), renderer, positions, score, _reads_text(manifest))
 
 
 def _load_base(

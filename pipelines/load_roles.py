@@ -31,7 +31,8 @@ from data.render import Renderer, render_all
 from data.tokenizer import end_ids
 from pipelines.stage import StageJob
 from reward.calibrate import SCORE_FILE
-from reward.model import ScoreHead, load_reward_model, load_score_head
+from reward.head import ScoreHead, load_score_head
+from reward.model import load_reward_model
 
 
 @dataclass(frozen=True)

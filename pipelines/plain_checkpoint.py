@@ -40,7 +40,9 @@ from data.records import Message
 from data.render import Renderer, render_all
 from pipelines.load_roles import LoadedRoles, load_roles
 from pipelines.stage import StageJob
-from reward.model import load_reward_model, load_score_head, plain_classifier
+from reward.calibrate import read_labels
+from reward.head import load_score_head
+from reward.model import load_reward_model, plain_classifier
 
 SCORE_OFFSET = "score_offset"  # in a reward model's config.json
 _TOKENS_AT_ONCE = 4096  # per forward pass; only memory depends on it
@@ -111,8 +113,10 @@ def write_reward_model(
     trained = _scores(loaded.roles, sequences)
     tokenizer, facts, pad_id = loaded.tokenizer, loaded.facts, loaded.pad_id
     del loaded
-    head = load_score_head(folder)
-    plain, offset = plain_classifier(_whole(job.recipe, folder, dtype, scored=True), head, pad_id)
+    head, labels = load_score_head(folder), read_labels(folder)
+    whole = _whole(job.recipe, folder, dtype, scored=True)
+    plain, offset = plain_classifier(whole, head, labels, pad_id)
+    del whole
     setattr(plain.config, SCORE_OFFSET, offset)
     # Models with learned positions count them from the left, whatever the mask says.
     _save(in_dtype(plain, dtype), tokenizer, target, padding_side="right")
@@ -205,12 +209,14 @@ def _scores(roles: Roles, sequences: Sequences) -> Tensor:
 
 @torch.no_grad()
 def _plain_logits(folder: Path, sequences: Sequences, pad_id: int) -> Tensor:
-    """Return the one logit per text of the classifier in a folder, as anyone would compute it."""
+    """Return the logits of the classifier in a folder, as anyone would compute them: ``[N]``, or of
+    several labels ``[N, C]``.
+    """
     model = AutoModelForSequenceClassification.from_pretrained(folder).to(compute_device())
     logits = []
     for part in _parts(sequences):
         input_ids, mask = part.padded(pad_id)
-        logits.append(model(input_ids=input_ids, attention_mask=mask.long()).logits[:, 0])
+        logits.append(model(input_ids=input_ids, attention_mask=mask.long()).logits.squeeze(1))
     return torch.cat(logits).float().cpu()
 
 

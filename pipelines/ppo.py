@@ -147,7 +147,8 @@ def _load(job: StageJob, section: Ppo) -> LoadedRoles:
     """Load the roles.
 
     The critic starts from this recipe's own reward model where PPO maximises that, else from SFT:
-    a reward model of another run, or on an encoder, may be no adapter on our base.
+    a reward model of another run, or on an encoder, may be no adapter on our base, and a
+    classifier's head gives no score.
     """
     sft = job.parent_folder("sft") / "model"
     rewards = reward_roles(job, section)
@@ -155,6 +156,7 @@ def _load(job: StageJob, section: Ppo) -> LoadedRoles:
     on_policy = section.value.trunk == "policy"
     if not on_policy:
         own = section.needs_reward_stage and "reward" in rewards
+        own = own and job.parents["reward"].classifier is None
         folders["value"] = rewards["reward"] if own else sft
     return load_roles(
         job,

@@ -58,6 +58,7 @@ def write_record(job: "StageJob", result: "StageResult", started: str) -> None:
         parents=_parent_facts(job),
         data=_data_facts(job),
         files=job.files,
+        classifier=result.classifier,
         metrics=result.metrics,
         outputs=manifests.sha256_outputs(job.directory, result.outputs),
         wandb_id=job.tracker.id if job.tracker is not None else None,

@@ -135,7 +135,8 @@ def headline(run: Run, num_prompts: int) -> Headline:
             )
     if "accuracy" in reward:
         interval = written_interval(reward, "accuracy", percent)
-        figures.append(Figure("Reward-model accuracy", percent(reward["accuracy"]), interval))
+        what = "Classifier" if "accuracy/majority" in reward else "Reward-model"
+        figures.append(Figure(f"{what} accuracy", percent(reward["accuracy"]), interval))
     if not sentences:
         done = [stage for stage, facts in run.items() if facts.manifest]
         stages = f"{', '.join(done)} finished" if done else "no stage has finished yet"

@@ -34,6 +34,9 @@ _PARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
 )
 
 
+MAJORITY = "accuracy/majority"  # which only classifiers have
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Accuracy on a part of the pairs: label, share, interval, number of pairs."""
@@ -61,8 +64,11 @@ def reward_card(run: Run) -> RewardCard | None:
     metrics = reward_metrics(run)
     if "accuracy" not in metrics:
         return None
+    sentences = (*_accuracy_sentences(metrics), *_calibration_sentences(metrics))
+    if MAJORITY in metrics:
+        sentences = (*_class_sentences(metrics), *_words_sentence(metrics))
     return RewardCard(
-        (*_accuracy_sentences(metrics), *_calibration_sentences(metrics)),
+        sentences,
         tuple(f"PPO could exploit this: {text}." for text in warnings(metrics)),
         _bars(metrics),
         _parts(metrics),
@@ -96,19 +102,37 @@ def _accuracy_sentences(metrics: Mapping[str, float]) -> list[str]:
         verdict = "so it knows more than length" if beyond else "which this does not clearly beat"
         shorter = "longer" if longer >= 0.5 else "shorter"
         sentences.append(f"Choosing the {shorter} answer gets {percent(rule)}, {verdict}.")
-    words = metrics.get("accuracy/bag_of_words")
-    if words is not None:
-        beyond = low is not None and low > words
-        verdict = "which it beats" if beyond else "which it does not clearly beat"
-        sentences.append(
-            f"A linear model on the answers' words (TF-IDF) gets {percent(words)}, {verdict}."
-        )
+    sentences += _words_sentence(metrics)
     if "labels/gold" in metrics:
         sentences.append(
             f"The labels themselves agree with gold on {percent(metrics['labels/gold'])} of pairs:"
             " a model that followed gold perfectly would agree with the labels that often."
         )
     return sentences
+
+
+def _words_sentence(metrics: Mapping[str, float]) -> list[str]:
+    words = metrics.get("accuracy/bag_of_words")
+    if words is None:
+        return []
+    low = metrics.get("accuracy/low")
+    beyond = low is not None and low > words
+    verdict = "which it beats" if beyond else "which it does not clearly beat"
+    what = "words alone" if MAJORITY in metrics else "answers' words"
+    return [f"A linear model on the {what} (TF-IDF) gets {percent(words)}, {verdict}."]
+
+
+def _class_sentences(metrics: Mapping[str, float]) -> list[str]:
+    """Say how well a classifier does."""
+    bounds, f1 = written_interval(metrics, "accuracy", percent), metrics.get("f1/macro")
+    mean = f"; the mean F1 of its classes is {number(f1)}" if f1 is not None else ""
+    return [
+        f"Of {metrics['rows']:.0f} held-out rows it names the class of"
+        f" {percent(metrics['accuracy'])} as their labels do ({bounds}){mean}.",
+        f"Always naming the most frequent class gets {percent(metrics[MAJORITY])}.",
+        "The probability of what it names is off by"
+        f" {percent(metrics['calibration/ece'])} on average (expected calibration error).",
+    ]
 
 
 def _calibration_sentences(metrics: Mapping[str, float]) -> list[str]:
@@ -134,8 +158,10 @@ def _calibration_sentences(metrics: Mapping[str, float]) -> list[str]:
 
 def _bars(metrics: Mapping[str, float]) -> tuple[Bar, ...]:
     bars = []
+    own = "model names the class" if MAJORITY in metrics else "model orders as labels do"
     for key, label, color in (
-        ("accuracy", "model orders as labels do", SFT),
+        ("accuracy", own, SFT),
+        (MAJORITY, "most frequent class", BASE),
         ("accuracy/longer_wins", "longer answer wins", BASE),
         ("accuracy/bag_of_words", "words alone", BASE),
         ("accuracy/gold", "model orders as gold does", PPO),

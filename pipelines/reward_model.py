@@ -2,7 +2,8 @@
 
 It starts from the SFT model (its adapter) or from an encoder, with a random score head, is trained
 by the ranking loss of InstructGPT, and is then shifted so that the demonstrations score 0 on
-average.
+average. With ``reward.loss: classes`` it is a classifier, trained on labelled rows, with a head for
+its classes.
 """
 
 import gc
@@ -20,6 +21,7 @@ from transformers import Trainer, TrainingArguments
 from align.adapter_methods import check_trained, say_share, trained_share
 from align.attention import packed_attention
 from align.errors import InputError, TrainingError
+from align.manifest import ClassifierFacts
 from align.models import compute_device, recompute_activations
 from align.recipe import Recipe
 from align.recipe_reward import Reward
@@ -29,10 +31,9 @@ from data.records import Demonstration, Ranking, Record, as_demonstration
 from data.render import Renderer, render_all
 from pipelines.best_copy import HeldoutLooks
 from pipelines.memory_check import check_memory
-from pipelines.ranked_tokens import Batch, RankedTokens, collate, ranked_tokens
-from pipelines.reward_loss import check_columns, margin_of, reward_loss
-from pipelines.reward_report import accuracy, measure
+from pipelines.ranked_tokens import Batch, RankedTokens
 from pipelines.reward_start import AnyReward, Start, reward_start
+from pipelines.reward_task import Task, reward_task
 from pipelines.shared_training import alone_again, share_batches
 from pipelines.stage import StageJob, StageResult
 from pipelines.trainer_checkpoints import train_to_end
@@ -40,22 +41,21 @@ from pipelines.trainer_log import num_steps, training_arguments
 from reward.analysis import warnings
 from reward.calibrate import center_on
 from reward.encoder import EncoderReward
-from reward.ranking import count_rankings, pair_outcomes
 from reward.scorer import Row, score_rows
 
 CENTERING_ROWS = 512  # demonstrations that fix the zero of the scores
 PROBE_ROWS = 16  # demonstrations or responses on which the saved model is compared with the live
 RELOAD_TOLERANCE = 1e-5
 
-Collator = Callable[[Sequence[RankedTokens]], Batch]
+Collator = Callable[[Sequence[Any]], Batch]
 
 
 @dataclass(frozen=True)
 class Tokenized:
     """What the stage trains on, measures on and centres on, as token ids."""
 
-    train: list[RankedTokens]
-    heldout: list[RankedTokens]
+    train: list[Any]  # see pipelines.reward_task
+    heldout: list[Any]
     demonstrations: list[Row]
     pad_id: int
 
@@ -64,18 +64,18 @@ def run(job: StageJob) -> StageResult | None:
     """Train, measure, centre, save and check a reward model; see the module's docstring."""
     recipe, section = job.recipe, job.recipe.reward
     assert section is not None
-    start = reward_start(job)
-    tokens = _tokenize(job, start.renderer)
+    start, task = reward_start(job), reward_task(section)
+    tokens = _tokenize(job, task, start.renderer)
 
     base_parameters, model, lm_head = _new_model(recipe, start)
     share = trained_share(model.classifier, base_parameters)
     job.log.note(f"reward  {say_share(start.adapter.method, share)}")
-    looks = _looks(job, section, model, tokens)
+    looks = _looks(job, task, model, tokens)
     with _sharing_prompts(model) as shared:
-        collator = partial(collate, pad_id=tokens.pad_id, share_prompts=shared)
+        collator = partial(task.collate, pad_id=tokens.pad_id, share_prompts=shared)
         trainer = _trainer(job, model, tokens, collator, lm_head)
         if not recipe.distributed.zero:
-            _try_longest(recipe, section, model, tokens, collator, lm_head)
+            _try_longest(recipe, task, model, tokens, collator, lm_head)
         train_to_end(trainer, job, looks)
     if recipe.distributed.together:
         whole = alone_again(trainer, model, lambda: _new_model(recipe, start)[1])
@@ -95,25 +95,28 @@ def run(job: StageJob) -> StageResult | None:
     if tokens.demonstrations:
         model.calibrate(*center_on(score(tokens.demonstrations)))
         model.write_calibration(folder)
-    metrics = share | measure(
-        score,
-        tokens.train,
-        tokens.heldout,
-        max_response_tokens=recipe.data.max_response_tokens,
-        note=job.log.note,
-    )
+    longest = recipe.data.max_response_tokens
+    metrics = share | task.measure(score, tokens.train, tokens.heldout, longest, job.log.note)
     job.log.log(steps, metrics)
     metrics |= looks.kept
     for warning in warnings(metrics):
         job.log.note(f"reward  warning: PPO could exploit this: {warning}")
 
-    probe = (tokens.demonstrations or tokens.train[0].rows())[:PROBE_ROWS]
+    probe = (tokens.demonstrations or _rows(tokens.train[:PROBE_ROWS]))[:PROBE_ROWS]
     expected = score(probe)
     # The live model goes first: two of them need not fit into memory.
     del model, score, trainer, lm_head, looks
     gc.collect()
     check_reload(start.load, folder, probe, expected, tokens.pad_id, batch_size=batch_size)
-    return StageResult(metrics, ("model",), start.tokenizer, start.facts)
+    classifier = None
+    if section.classes is not None:
+        reads = tokens.train[0].record.reads
+        classifier = ClassifierFacts(labels=section.labels, reads=reads)
+    return StageResult(metrics, ("model",), start.tokenizer, start.facts, classifier)
+
+
+def _rows(items: Sequence[Any]) -> list[Row]:
+    return [row for item in items for row in item.rows()]
 
 
 def _new_model(recipe: Recipe, start: Start) -> tuple[int, AnyReward, nn.Module | None]:
@@ -139,11 +142,11 @@ def _sharing_prompts(model: AnyReward) -> Iterator[bool]:
         yield possible
 
 
-class RankingTrainer(Trainer):
-    """A trainer whose batches are rankings.
+class RewardTrainer(Trainer):
+    """A trainer whose batches are rankings, or labelled rows.
 
-    Loss and gradient of an optimiser step are means over its rankings, whatever the micro batches
-    are, and also where the last batch of an epoch is smaller.
+    Loss and gradient of an optimiser step are means over these, whatever the micro batches are, and
+    also where the last batch of an epoch is smaller.
     """
 
     loss_is_scaled_for_ga = True
@@ -153,14 +156,14 @@ class RankingTrainer(Trainer):
         self, *, section: Reward, order: SortedBatches, lm_head: nn.Module | None, **arguments: Any
     ) -> None:
         super().__init__(**arguments)
-        self._section, self._order, self._lm_head = section, order, lm_head
+        self._task, self._order, self._lm_head = reward_task(section), order, lm_head
         self._right, self._pairs = 0.0, 0  # since the last log line
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self._order
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
-        counts = [count_rankings(batch["groups"], batch["targets"]) for batch in batch_samples]
+        counts = [self._task.count(batch) for batch in batch_samples]
         return self._over_all(torch.stack(counts).sum().to(device)).clamp(min=1)
 
     def _over_all(self, count: Tensor) -> Tensor:
@@ -176,18 +179,15 @@ class RankingTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return this micro batch's share of the optimiser step's loss."""
-        loss, scores = reward_loss(
-            self._section, model, inputs, lm_head=self._lm_head, num_rankings=num_items_in_batch
-        )
-        groups, targets = inputs["groups"], inputs["targets"]
-        outcomes, _ = pair_outcomes(scores.detach(), groups, targets)
+        loss, scores = self._task.loss(model, inputs, self._lm_head, num_items_in_batch)
+        outcomes = self._task.outcomes(scores.detach(), inputs)
         self._right += outcomes.sum().item()
         self._pairs += outcomes.numel()
         loss = loss * self.accelerator.num_processes  # their gradients are averaged
         return (loss, {"scores": scores}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the accuracy on the pairs since the last line."""
+        """Add the accuracy on the pairs or rows since the last line."""
         if "loss" in logs:
             sums = torch.tensor([self._right, self._pairs], device=self.args.device)
             right, pairs = self._over_all(sums).tolist()
@@ -225,20 +225,14 @@ def check_reload(
         )
 
 
-def _tokenize(job: StageJob, renderer: Renderer) -> Tokenized:
-    section, pad_id = job.recipe.reward, renderer.tokenizer.pad_token_id
-    assert section is not None
-
-    def render(record: Record) -> RankedTokens:
-        assert isinstance(record, Ranking)
-        return ranked_tokens(renderer, record, margin_of(section, record))
-
+def _tokenize(job: StageJob, task: Task, renderer: Renderer) -> Tokenized:
+    pad_id, render = renderer.tokenizer.pad_token_id, partial(task.tokens, renderer)
     train, dropped = render_all(job.data["reward"].train, render)
     heldout, heldout_dropped = render_all(job.data["reward"].heldout, render)
     job.check_dropped("reward", len(train) + len(heldout), dropped + heldout_dropped)
     if not train:
         raise InputError("data.reward: no training row is left once tokenised")
-    check_columns(section, train)
+    task.check(train, job.log.note)
     assert isinstance(pad_id, int)
     return Tokenized(train, heldout, _demonstrations(job, renderer), pad_id)
 
@@ -269,12 +263,12 @@ def _trainer(
     tokens: Tokenized,
     collator: Collator,
     lm_head: nn.Module | None,
-) -> RankingTrainer:
+) -> RewardTrainer:
     recipe, section = job.recipe, job.recipe.reward
     assert section is not None
     together, seed = recipe.distributed.together, derive_seed(recipe.seed, "reward", "training")
     order = SortedBatches([row.width for row in tokens.train], section.batch_size, seed)
-    trainer = RankingTrainer(
+    trainer = RewardTrainer(
         section=section,
         lm_head=lm_head,
         order=order,
@@ -305,14 +299,15 @@ def _blank(row: RankedTokens) -> RankedTokens:
 
 def _try_longest(
     recipe: Recipe,
-    section: Reward,
+    task: Task,
     model: AnyReward,
     tokens: Tokenized,
     collator: Collator,
     lm_head: nn.Module | None,
 ) -> None:
     """Go once through the longest micro-batch there is; see ``pipelines.memory_check``."""
-
+    section = recipe.reward
+    assert section is not None
     count = section.micro_batch_size or section.batch_size
     longest = sorted(tokens.train, key=lambda row: row.num_tokens)[-count:]
 
@@ -320,21 +315,23 @@ def _try_longest(
         batch = collator(longest)
         model.train()
         batch = {name: values.to(compute_device()) for name, values in batch.items()}
-        loss, _ = reward_loss(section, model, batch, lm_head=lm_head, num_rankings=None)
+        loss, _ = task.loss(model, batch, lm_head, None)
         return loss
 
-    rows = sum(len(ranking.responses) for ranking in longest)
-    what = f"{rows} responses of up to {max(row.width for row in longest)} tokens"
+    rows = len(_rows(longest))
+    what = f"{rows} rows of up to {max(row.width for row in longest)} tokens"
     check_memory(recipe, "reward", list(model.parameters()), step, what)
 
 
-def _looks(job: StageJob, section: Reward, model: AnyReward, tokens: Tokenized) -> HeldoutLooks:
-    """Return the looks at the accuracy on held-out pairs."""
+def _looks(job: StageJob, task: Task, model: AnyReward, tokens: Tokenized) -> HeldoutLooks:
+    """Return the looks at the accuracy on held-out rows."""
+    section = job.recipe.reward
+    assert section is not None
     score = _scorer(model, _scoring_batch(section), tokens.pad_id)
 
     def measure() -> float:
         model.eval()
-        return accuracy(score, tokens.heldout)
+        return task.accuracy(score, tokens.heldout)
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     return HeldoutLooks(section, job.log, parameters, "accuracy", measure)

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from align.errors import TrainingError
 from align.functions import Chat, call_score_function, load_function
 from align.inputs import heldout_source, reward_sources
-from align.manifest import Manifest
+from align.manifest import ClassifierFacts, Manifest
 from align.recipe_ppo import Ppo, RewardSource
-from align.sequences import Sequences, micro_batches
-from data.records import Prompt
-from data.render import render_all
+from align.sequences import Sequences, join, micro_batches
+from data.records import Labelled, Prompt
+from data.render import Unusable, render_all
 from pipelines.foreign_reward import load_foreign_rewards
 from pipelines.load_roles import LoadedRoles
 from pipelines.rollout import Scorer, passes
@@ -146,7 +147,9 @@ def _members(
     roles = _roles(job, section)
     names = dict.fromkeys(name for source in sources for name in source.models)
     models = {
-        name: _role_scorer(loaded, roles[name], lambda lengths: passes(lengths, section))
+        name: _role_scorer(
+            loaded, roles[name], lambda lengths: passes(lengths, section), _classifier(job, name)
+        )
         for name in names
         if name in roles
     }
@@ -155,19 +158,61 @@ def _members(
     return [
         (_function_scorer(source.function, loaded.roles.device),)
         if source.function is not None
-        else tuple(models[name] for name in source.models)
+        else tuple(
+            _probability(models[name], _classifier(job, name), source.label)
+            for name in source.models
+        )
         for source in sources
     ]
 
 
-def _role_scorer(
-    loaded: LoadedRoles, role: str, passes_of: Callable[[tuple[int, ...]], list[list[int]]]
-) -> Scorer:
+def _classifier(job: StageJob, name: str) -> ClassifierFacts | None:
+    """Return what is known of a model that is a classifier."""
+    made = job.parents["reward"] if name == "reward" else job.reward_models[name]
+    return made.classifier
+
+
+def _probability(scorer: Scorer, facts: ClassifierFacts | None, label: str | None) -> Scorer:
+    """Return a scorer of the probability of a class; a reward model's is left as it is."""
+    if facts is None:
+        return scorer
+    assert label is not None
+    number = facts.labels.index(label)
+
     def score(prompts: list[Chat], responses: list[str], sequences: Sequences) -> Tensor:
+        return scorer(prompts, responses, sequences).softmax(-1)[:, number]
+
+    return score
+
+
+def _role_scorer(
+    loaded: LoadedRoles,
+    role: str,
+    passes_of: Callable[[tuple[int, ...]], list[list[int]]],
+    facts: ClassifierFacts | None = None,
+) -> Scorer:
+    """Return a scorer by a model on our base; a classifier of texts is given the response alone."""
+
+    def score(prompts: list[Chat], responses: list[str], sequences: Sequences) -> Tensor:
+        if facts is not None and facts.reads == "text":
+            sequences = _texts(loaded, responses)
         parts = [sequences.rows(rows) for rows in passes_of(sequences.lengths)]
         return torch.cat([loaded.roles.scores(part, role=role) for part in parts])
 
     return score
+
+
+def _texts(loaded: LoadedRoles, responses: Sequence[str]) -> Sequences:
+    """Return responses as a classifier of texts on our base reads them.
+
+    Raises:
+        TrainingError: our tokenizer cannot write one.
+    """
+    try:
+        rows = [loaded.renderer.labelled(Labelled((text,), "")) for text in responses]
+    except Unusable as error:
+        raise TrainingError(f"ppo.reward: a response cannot be classified: {error}") from None
+    return join(*zip(*rows, strict=True)).to(loaded.roles.device)
 
 
 def _foreign_scorers(
@@ -180,8 +225,10 @@ def _foreign_scorers(
         folders["reward"] = job.parent_folder("reward")
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in names:
-        alone = manifests[name].base.architecture == "encoder"
-        groups[(name,) if alone else _origin(manifests[name])].append(name)
+        manifest = manifests[name]
+        alone = manifest.base.architecture == "encoder"
+        reads = manifest.classifier.reads if manifest.classifier is not None else ""
+        groups[(name,) if alone else (*_origin(manifest), reads)].append(name)
     scorers: dict[str, Scorer] = {}
     for members in groups.values():
         foreign = load_foreign_rewards(

@@ -40,7 +40,7 @@ from align.models import (
 from align.recipe import Recipe, Sft
 from align.seeds import derive_seed
 from data.collate import collate_demonstrations
-from data.records import Demonstration, Ranking, Record, Text, as_demonstration, as_prompt
+from data.records import Demonstration, Labelled, Ranking, Record, Text, as_demonstration, as_prompt
 from data.render import IGNORED, Renderer, Tokens, render_all
 from data.tokenizer import prepare_tokenizer
 from pipelines.best_copy import HeldoutLooks
@@ -347,7 +347,9 @@ def _sample(job: StageJob, model: Trained, renderer: Renderer, step: int) -> dic
     section, data = job.recipe.sft, job.data["sft"]
     assert section is not None
     records = (data.heldout or data.train)[: section.samples]
-    prompts = [as_prompt(record).messages for record in records if not isinstance(record, Text)]
+    prompts = [
+        as_prompt(record).messages for record in records if not isinstance(record, Text | Labelled)
+    ]
     rendered, _ = render_all(prompts, lambda messages: (messages, renderer.prompt(messages)))
     if not rendered:
         return {}

@@ -31,7 +31,7 @@ from align.checkpoints import Checkpoint, continue_folder, remove_checkpoints
 from align.errors import AlignError, DataError, InputError, ParentError, stopped_by
 from align.inputs import named_sha256
 from align.lock import locked
-from align.manifest import BaseFacts, Manifest
+from align.manifest import BaseFacts, ClassifierFacts, Manifest
 from align.metrics import MetricsLog, format_values, show
 from align.recipe import Recipe, StageName
 from align.recipe_io import dump_recipe, load_recipe
@@ -69,12 +69,14 @@ class StageResult:
         outputs: names of the folders and files it made, relative to its folder.
         tokenizer: the one it worked with, chat template included.
         base: the language model under it.
+        classifier: of the reward stage, if that is what it made.
     """
 
     metrics: dict[str, float]
     outputs: tuple[str, ...]
     tokenizer: "PreTrainedTokenizerBase"
     base: BaseFacts
+    classifier: ClassifierFacts | None = None
 
 
 @dataclass

@@ -6,6 +6,7 @@ does not end gets a fixed score, and the critic has to learn the mean first.
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,13 +43,17 @@ def center_on(raw_scores: Tensor) -> Calibration:
     return Calibration(raw_scores.double().mean().item(), 1.0)
 
 
-def write_calibration(folder: Path, shift: float, scale: float, **form: object) -> None:
+def write_calibration(
+    folder: Path, shift: float, scale: float, labels: Sequence[str], **form: object
+) -> None:
     """Write ``score.json``.
 
     Args:
+        labels: of a classifier, in the order of its logits.
         form: what else has to be known to read a score; an encoder has such facts.
     """
-    text = json.dumps({"shift": shift, "scale": scale} | form, indent=2)
+    named = {"labels": list(labels)} if labels else {}
+    text = json.dumps({"shift": shift, "scale": scale} | named | form, indent=2)
     (folder / SCORE_FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -67,3 +72,19 @@ def read_calibration(folder: str | Path) -> Calibration:
     if not (math.isfinite(shift) and math.isfinite(scale) and scale > 0):
         raise RewardModelError(f"{path}: shift={shift} scale={scale}; finite, scale > 0 needed")
     return Calibration(shift, scale)
+
+
+def read_labels(folder: str | Path) -> tuple[str, ...]:
+    """Return the labels in ``score.json``, in the order of a classifier's logits; () for scores.
+
+    Raises:
+        RewardModelError: the file is missing, or they are no list of text.
+    """
+    path = Path(folder) / SCORE_FILE
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8")).get("labels", [])
+    except (OSError, ValueError, AttributeError) as error:
+        raise RewardModelError(f"{path}: cannot be read: {error!r}") from None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise RewardModelError(f"{path}: labels={labels}; a list of text is needed")
+    return tuple(labels)

@@ -32,8 +32,15 @@ from align.models import first_line
 from align.recipe_adapter import Adapter
 from align.recipe_reward import Pooling
 from align.weights import check_fits, read_tensors, shapes
-from reward.calibrate import SCORE_FILE, RewardModelError, read_calibration, write_calibration
-from reward.model import bare, new_score_weight
+from reward.calibrate import (
+    SCORE_FILE,
+    RewardModelError,
+    read_calibration,
+    read_labels,
+    write_calibration,
+)
+from reward.head import new_score_weight
+from reward.model import bare, name_labels
 
 Classifier = PeftModel | PreTrainedModel
 
@@ -49,15 +56,19 @@ class Form(NamedTuple):
 
 
 class EncoderReward(nn.Module):
-    """A sequence classifier with one label, mostly with an adapter: ``(logit - shift) / scale``."""
+    """A sequence classifier with one label, mostly with an adapter: ``(logit - shift) / scale``.
+
+    With ``labels`` it is a classifier of these, whose scores are its logits ``[B, C]``.
+    """
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, classifier: Classifier, form: Form) -> None:
+    def __init__(self, classifier: Classifier, form: Form, labels: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.classifier = classifier
         self.form = form
+        self.labels = labels
         self.register_buffer("shift", torch.zeros((), dtype=torch.float32))
         self.register_buffer("scale", torch.ones((), dtype=torch.float32))
 
@@ -68,7 +79,7 @@ class EncoderReward(nn.Module):
         return body
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Score rows ``[B, T]`` of prompt and response, as ``RewardModel`` does; ``[B]``."""
+        """Score rows ``[B, T]`` of prompt and response, as ``RewardModel`` does."""
         classifier = bare(self.classifier)
         ids, mask = left_aligned(input_ids, attention_mask, classifier.config.pad_token_id or 0)
         inputs = {"input_ids": ids, "attention_mask": mask.long()}
@@ -94,7 +105,8 @@ class EncoderReward(nn.Module):
 
     def write_calibration(self, folder: Path) -> None:
         """Write ``score.json`` anew."""
-        write_calibration(folder, self.shift.item(), self.scale.item(), **self.form._asdict())
+        numbers = self.shift.item(), self.scale.item()
+        write_calibration(folder, *numbers, self.labels, **self.form._asdict())
 
 
 def left_aligned(input_ids: Tensor, mask: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -151,6 +163,7 @@ def new_encoder_reward(
     adapter: Adapter,
     form: Form,
     seed: int,
+    labels: tuple[str, ...] = (),
 ) -> EncoderReward:
     """Start a reward model from an encoder.
 
@@ -158,6 +171,7 @@ def new_encoder_reward(
         location: a folder or a hub id; what its checkpoint lacks, as the head, is drawn.
         settings: of ``from_pretrained``; see ``align.models.load_settings``.
         seed: of all that is drawn.
+        labels: of a classifier.
 
     Raises:
         InputError: transformers has no classifier of this kind, or the base has nothing that the
@@ -165,15 +179,16 @@ def new_encoder_reward(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = _load_classifier(location, settings, form.pooling)
+        classifier = _load_classifier(location, settings, form.pooling, labels)
         if form.pooling == "mean":
+            head = classifier.score
             with torch.no_grad():
-                classifier.score.weight.copy_(new_score_weight(classifier.score.in_features, seed))
+                head.weight.copy_(new_score_weight(head.in_features, seed, head.out_features))
         config = adapter_config(adapter, "SEQ_CLS", classifier, _heads(classifier))
         trained: Classifier = classifier.requires_grad_(config is None)
         if config is not None:
             trained = PeftModel(classifier, config)
-    return EncoderReward(trained, form)
+    return EncoderReward(trained, form, labels)
 
 
 def load_encoder_reward(
@@ -189,13 +204,13 @@ def load_encoder_reward(
         ParentError: the folder is incomplete, or does not fit the base.
     """
     folder = Path(folder)
-    form = read_form(folder)
+    form, labels = read_form(folder), read_labels(folder)
     shift, scale = read_calibration(folder)
     classifier: Any
     if is_adapter(folder):
         assert location is not None
         assert settings is not None
-        base = _load_classifier(location, settings, form.pooling)
+        base = _load_classifier(location, settings, form.pooling, labels)
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
         classifier = PeftModel(base, config)
@@ -205,10 +220,11 @@ def load_encoder_reward(
         set_peft_model_state_dict(classifier, found)
     else:
         config = AutoConfig.from_pretrained(folder)
+        name_labels(config, labels)
         classifier = _pooled(AutoModelForSequenceClassification.from_config(config), form.pooling)
         found = _tensors(folder, sorted(folder.glob("*.safetensors")), classifier.state_dict())
         classifier.load_state_dict(found)
-    model = EncoderReward(classifier, form)
+    model = EncoderReward(classifier, form, labels)
     model.calibrate(shift, scale)
     return model.requires_grad_(False).eval()
 
@@ -231,9 +247,11 @@ def read_form(folder: Path) -> Form:
     return form
 
 
-def _load_classifier(location: str, settings: dict[str, Any], pooling: Pooling) -> Any:
+def _load_classifier(
+    location: str, settings: dict[str, Any], pooling: Pooling, labels: tuple[str, ...]
+) -> Any:
     config = copy.deepcopy(settings["config"])
-    config.num_labels = 1
+    name_labels(config, labels)
     settings = settings | {"config": config, "dtype": torch.float32, "use_safetensors": True}
     try:
         classifier = AutoModelForSequenceClassification.from_pretrained(location, **settings)
@@ -248,8 +266,8 @@ def _pooled(classifier: Any, pooling: Pooling) -> Any:
         for name in _heads(classifier):
             owner = classifier if name in classifier._modules else classifier.base_model
             setattr(owner, name, None)
-        hidden_size = classifier.config.hidden_size
-        setattr(classifier, HEAD, nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32))
+        sizes = classifier.config.hidden_size, classifier.config.num_labels
+        setattr(classifier, HEAD, nn.Linear(*sizes, bias=False, dtype=torch.float32))
     return classifier
 
 

@@ -1,16 +1,16 @@
 """The reward model: a sequence classifier's backbone with one fp32 score per response.
 
+A classifier is the same with several: the logits of its classes, which are not shifted or scaled.
+
 The score is read at the last real token, found by the attention mask. transformers' own pooling
 looks for the last id that is not the pad id instead: with an end-of-turn id that equals the pad id,
 or with an adapter whose base knows no pad id, it reads another token and says nothing.
 
 What is saved is what PEFT writes for a SEQ_CLS adapter (``adapter_model.safetensors`` with the head
 in it), or transformers for a whole sequence classifier, and ``score.json`` with the shift and scale
-that turn raw scores into the model's scores.
+that turn raw scores into the model's scores, and a classifier's labels.
 """
 
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,23 +23,19 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from align.adapter_methods import adapter_config
-from align.adapters import WEIGHTS, is_adapter, save_trained, share_config, trained_method
+from align.adapters import WEIGHTS, save_trained, share_config, trained_method
 from align.attention import is_packed
 from align.errors import ParentError
 from align.recipe_adapter import Adapter
 from align.sequences import position_ids
 from align.weights import check_files, check_fits, read_tensors, shapes
-from reward.calibrate import RewardModelError, read_calibration, write_calibration
+from reward.calibrate import read_labels, write_calibration
+from reward.head import ScoreHead, load_score_head, new_score_weight
 from reward.packing import pack
-
-HEAD_KEY = "base_model.model.score.weight"
-# The head of an adapter that wraps the model, of a prefix, and of a whole model.
-_HEAD_KEYS = (HEAD_KEY, "base_model.score.weight", "score.weight")
 
 
 def last_hidden(hidden: Tensor, attention_mask: Tensor) -> Tensor:
@@ -58,100 +54,22 @@ def last_hidden(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), last.to(hidden.device)]
 
 
-class ScoreHead(nn.Module):
-    """A linear map from a hidden state to one score: ``(weight . hidden - shift) / scale``.
-
-    Always float32, also when the model around it is cast to another dtype or runs under autocast:
-    in bfloat16 scores near 1 move in steps of 1/128.
-    """
-
-    shift: Tensor
-    scale: Tensor
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32))
-        self.register_buffer("shift", torch.zeros((), dtype=torch.float32))
-        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Map ``[..., H]`` of any dtype to float32 scores ``[...]``."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            raw = F.linear(hidden.float(), self.weight).squeeze(-1)
-        return (raw - self.shift) / self.scale
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScoreHead":
-        # Follow to another device, never to another dtype.
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-
-def new_score_weight(hidden_size: int, seed: int) -> Tensor:
-    """Draw a head's first weight ``[1, H]``: normal with standard deviation 1 / sqrt(H + 1).
-
-    As in the code of Stiennon et al. 2020 and in Huang et al. 2024, detail 11. From a generator of
-    its own: the draw depends on the seed alone.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1)
-
-
-def load_score_head(folder: str | Path) -> ScoreHead:
-    """Read the score head of a saved reward model.
-
-    Raises:
-        RewardModelError: the head's tensor or ``score.json`` is missing or malformed. A head is
-            never initialised anew: its scores would look plausible and mean nothing.
-    """
-    folder = Path(folder)
-    weight = _head_weight(folder)
-    shift, scale = read_calibration(folder)
-    head = ScoreHead(weight.shape[1])
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        head.shift.fill_(shift)
-        head.scale.fill_(scale)
-    return head
-
-
-def _head_weight(folder: Path) -> Tensor:
-    # A large whole model comes in several files.
-    files = [] if is_adapter(folder) else sorted(folder.glob("*.safetensors"))
-    found: list[Tensor] = []
-    for path in files or [folder / WEIGHTS]:
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = set(file.keys())
-                found += [file.get_tensor(name) for name in _HEAD_KEYS if name in names]
-        except (OSError, SafetensorError) as error:
-            raise RewardModelError(
-                f"{path}: cannot be read: {error}; run the reward stage"
-            ) from None
-    if not found:
-        raise RewardModelError(
-            f"{path}: no tensor {HEAD_KEY}: the score head was not saved here;"
-            " run the reward stage again"
-        )
-    weight = found[0]
-    if weight.ndim != 2 or weight.shape[0] != 1 or weight.dtype != torch.float32:
-        raise RewardModelError(
-            f"{path}: {HEAD_KEY} is {tuple(weight.shape)} {weight.dtype};"
-            " one float32 row (1, hidden_size) is needed"
-        )
-    return weight
-
-
 class RewardModel(nn.Module):
-    """A sequence classifier, mostly with an adapter, scored at the last real token in float32."""
+    """A sequence classifier, mostly with an adapter, scored at the last real token in float32.
 
-    def __init__(self, classifier: PeftModel | PreTrainedModel, head: ScoreHead) -> None:
+    ``labels`` are those of a classifier, whose scores are logits ``[B, C]``.
+    """
+
+    def __init__(
+        self,
+        classifier: PeftModel | PreTrainedModel,
+        head: ScoreHead,
+        labels: tuple[str, ...] = (),
+    ) -> None:
         super().__init__()
         self.classifier = classifier
         self.head = head
+        self.labels = labels
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -177,7 +95,7 @@ class RewardModel(nn.Module):
                 ``reward.packing``. Has an effect under ``packed_attention`` only.
 
         Returns:
-            ``[B]`` float32.
+            ``[B]`` float32; of a classifier ``[B, C]``.
         """
         states = self.states(input_ids, attention_mask, repeated)
         return self.score(states, attention_mask)
@@ -213,7 +131,7 @@ class RewardModel(nn.Module):
         return hidden
 
     def score(self, states: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the scores ``[B]`` that the states ``[B, T, H]`` of rows stand for."""
+        """Return what ``forward`` does, of rows whose states are ``[B, T, H]``."""
         scores: Tensor = self.head(last_hidden(states, attention_mask))
         return scores
 
@@ -234,11 +152,16 @@ class RewardModel(nn.Module):
 
     def write_calibration(self, folder: Path) -> None:
         """Write ``score.json`` anew."""
-        write_calibration(folder, self.head.shift.item(), self.head.scale.item())
+        head = self.head
+        write_calibration(folder, head.shift.item(), head.scale.item(), self.labels)
 
 
 def new_reward_model(
-    causal_lm: PreTrainedModel, adapter: Adapter, sft_folder: Path, seed: int
+    causal_lm: PreTrainedModel,
+    adapter: Adapter,
+    sft_folder: Path,
+    seed: int,
+    labels: tuple[str, ...] = (),
 ) -> RewardModel:
     """Start a reward model from the SFT model: its base, its adapter, and a random score head.
 
@@ -250,6 +173,7 @@ def new_reward_model(
             language model and in a sequence classifier, so an adapter's tensors fit as they are.
             What is trained of its output embeddings has no place here.
         seed: of the head's first weight; nothing else is random here.
+        labels: of a classifier.
 
     Raises:
         InputError: the base has nothing that the adapter method trains.
@@ -261,17 +185,18 @@ def new_reward_model(
             f"{sft_folder}: was trained with adapter.method={method}, the recipe has"
             f" {adapter.method}; use the same in all stages"
         )
-    classifier = _classifier(causal_lm)
+    classifier = _classifier(causal_lm, labels)
     with torch.no_grad():
-        classifier.score.weight.copy_(new_score_weight(classifier.score.in_features, seed))
+        first = new_score_weight(classifier.score.in_features, seed, classifier.score.out_features)
+        classifier.score.weight.copy_(first)
     config = adapter_config(adapter, "SEQ_CLS", classifier)
     if config is None:
-        return RewardModel(*_with_head(classifier.requires_grad_(True)))
+        return RewardModel(*_with_head(classifier.requires_grad_(True)), labels)
     if isinstance(config, LoraConfig):
         _check_scaling(config, sft_folder)
     adapted = PeftModel(classifier, config)
     _start_from(adapted, sft_folder)
-    return RewardModel(*_with_head(adapted))
+    return RewardModel(*_with_head(adapted), labels)
 
 
 def load_reward_model(causal_lm: PreTrainedModel | None, folder: str | Path) -> RewardModel:
@@ -286,7 +211,7 @@ def load_reward_model(causal_lm: PreTrainedModel | None, folder: str | Path) -> 
         ParentError: the adapter does not fit the base.
     """
     folder = Path(folder)
-    head = load_score_head(folder)
+    head, labels = load_score_head(folder), read_labels(folder)
     classifier: PeftModel | PreTrainedModel
     if causal_lm is None:
         check_files(folder)
@@ -296,7 +221,7 @@ def load_reward_model(causal_lm: PreTrainedModel | None, folder: str | Path) -> 
     else:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
-        classifier = PeftModel(_classifier(causal_lm), config)
+        classifier = PeftModel(_classifier(causal_lm, labels), config)
         share_config(classifier)
         _start_from(classifier, folder)
     classifier, live = _with_head(classifier)
@@ -306,11 +231,11 @@ def load_reward_model(causal_lm: PreTrainedModel | None, folder: str | Path) -> 
             f" {live.weight.shape[1]}"
         )
     live.load_state_dict(head.state_dict())
-    return RewardModel(classifier, live).requires_grad_(False).eval()
+    return RewardModel(classifier, live, labels).requires_grad_(False).eval()
 
 
 def plain_classifier(
-    causal_lm: PreTrainedModel, head: ScoreHead, pad_id: int
+    causal_lm: PreTrainedModel, head: ScoreHead, labels: tuple[str, ...], pad_id: int
 ) -> tuple[PreTrainedModel, float]:
     """Return a reward model as transformers' own sequence classifier, and its logits' offset.
 
@@ -320,25 +245,35 @@ def plain_classifier(
 
     Args:
         causal_lm: the base with the reward model's adapter in its weights; used up.
+        labels: of a classifier, whose offset is 0.
         pad_id: transformers reads the score at the last id that is not this one.
     """
-    classifier = _classifier(causal_lm)
+    classifier = _classifier(causal_lm, labels)
     with torch.no_grad():
         classifier.score.weight.copy_(head.weight / head.scale)
     classifier.config.pad_token_id = pad_id
-    classifier.config.problem_type = "regression"
+    classifier.config.problem_type = "single_label_classification" if labels else "regression"
     return classifier, (head.shift / head.scale).item()
 
 
-def _classifier(causal_lm: PreTrainedModel) -> Any:
+def name_labels(config: PretrainedConfig, labels: tuple[str, ...]) -> None:
+    """Write a classifier's labels into its configuration; without any, that there is one score."""
+    config.num_labels = len(labels) or 1
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
+
+
+def _classifier(causal_lm: PreTrainedModel, labels: tuple[str, ...]) -> Any:
     """Return a sequence classifier around the model's own backbone, with an empty fp32 head."""
     config = causal_lm.config
-    config.num_labels = 1
+    name_labels(config, labels)
     with torch.device("meta"):
         classifier = AutoModelForSequenceClassification.from_config(config)
     setattr(classifier, classifier.base_model_prefix, causal_lm.base_model)
     hidden_size = classifier.score.in_features
-    classifier.score = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32)
+    rows = len(labels) or 1
+    classifier.score = nn.Linear(hidden_size, rows, bias=False, dtype=torch.float32)
     return classifier.to(causal_lm.device).requires_grad_(False).eval()
 
 
@@ -354,7 +289,7 @@ def _with_head(
     saved = bare(classifier).score
     if isinstance(classifier, PeftModel):
         saved = saved.modules_to_save["default"]
-    head = ScoreHead(saved.in_features).to(saved.weight.device)
+    head = ScoreHead(saved.in_features, saved.out_features).to(saved.weight.device)
     head.weight = saved.weight
     return classifier, head
 

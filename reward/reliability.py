@@ -33,9 +33,18 @@ def reliability(differences: Tensor, *, bins: int = BINS) -> list[Bin]:
         bins: how many equal parts 0.5 to 1 is cut into; those without a pair are left out.
     """
     d = differences.double()
-    said = torch.sigmoid(d.abs())
-    right = (torch.sign(d) + 1) / 2
-    bin_of = ((said - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    return reliability_of(torch.sigmoid(d.abs()), (torch.sign(d) + 1) / 2, lowest=0.5, bins=bins)
+
+
+def reliability_of(said: Tensor, right: Tensor, *, lowest: float, bins: int = BINS) -> list[Bin]:
+    """Return the reliability diagram of judgements by their probability.
+
+    Args:
+        said: ``[M]``, the probability of what was chosen, from ``lowest`` to 1.
+        right: ``[M]``, 1 where that was right, else 0.
+        bins: how many equal parts that range is cut into; empty ones are left out.
+    """
+    bin_of = ((said - lowest) / (1 - lowest) * bins).long().clamp(max=bins - 1)
     found = []
     for number in range(bins):
         members = bin_of == number

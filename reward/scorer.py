@@ -32,19 +32,19 @@ def score_rows(
         pad_id: what fills shorter rows; has no effect on the scores.
 
     Returns:
-        ``[N]`` float32 on the CPU, in the order of ``rows``.
+        ``[N]`` float32 on the CPU, in the order of ``rows``; of a classifier ``[N, C]``.
     """
     joined = [prompt + response for prompt, response in rows]
     # Longest first: if a batch does not fit into memory, it is the first one.
     order = sorted(range(len(joined)), key=lambda i: -len(joined[i]))
-    scores = torch.empty(len(joined), dtype=torch.float32)
+    found: list[Tensor] = []
     for start in range(0, len(order), batch_size):
         members = order[start : start + batch_size]
         input_ids, attention_mask = pad_rows([joined[i] for i in members], pad_id)
         with torch.no_grad():
             batch = score(input_ids.to(device), attention_mask.to(device))
-        scores[members] = batch.float().cpu()
-    return scores
+        found.append(batch.float().cpu())
+    return torch.cat(found)[torch.tensor(order).argsort()] if found else torch.empty(0)
 
 
 def pad_rows(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from pipelines.load_roles import LoadedRoles
 from pipelines.rollout import as_chat
 from pipelines.scoring import RewardScorer, ppo_scorer, reward_roles
 from pipelines.stage import StageJob
-from reward.model import load_score_head
+from reward.head import load_score_head
 from tests import tiny
 from tests.finished import finish, foreign_tokenizer, origin, plain, pretrain_stage, reward_stage
 

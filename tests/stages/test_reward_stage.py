@@ -27,11 +27,12 @@ from data.order import SortedBatches
 from data.records import Message, Ranking
 from data.render import Renderer, Unusable
 from data.tokenizer import prepare_tokenizer
-from pipelines import reward_model, stage
+from pipelines import reward_task, stage
 from pipelines.ranked_tokens import RankedTokens, collate, ranked_tokens
 from pipelines.reward_loss import output_head
-from pipelines.reward_model import RankingTrainer, check_reload
-from reward.model import HEAD_KEY, RewardModel, load_reward_model, new_reward_model
+from pipelines.reward_model import RewardTrainer, check_reload
+from reward.head import HEAD_KEY
+from reward.model import RewardModel, load_reward_model, new_reward_model
 from reward.ranking import strict_pairs
 from reward.scorer import score_rows
 from tests import tiny
@@ -219,7 +220,7 @@ def test_a_trained_model_is_saved_before_anything_is_measured(
     def fail(*_: object, **__: object) -> None:
         raise MemoryError("measuring")
 
-    monkeypatch.setattr(reward_model, "measure", fail)
+    monkeypatch.setattr(reward_task, "measure", fail)
     parent = f"run.parents.sft={root / 'runs/test/sft'}"
     arguments = [str(root / "recipe.yaml"), parent, "name=measured", "reward.epochs=0.1"]
     assert stage.main(["reward", *arguments]) == 1
@@ -312,7 +313,7 @@ def train(
             seen.append(batch)
         return collate(batch, 0)
 
-    trainer = RankingTrainer(
+    trainer = RewardTrainer(
         section=Reward(lr=1e-2, batch_size=4, **loss),
         lm_head=output_head(base),
         order=SortedBatches([row.width for row in rows], 4, seed=5),

@@ -478,8 +478,8 @@ def test_numbers_in_csv_cells_are_text(file):
             {"a": 1, "b": 2},
             {},
             "x.jsonl:1: no known shape has the columns a, b; set shape (one of messages, sharegpt,"
-            " alpaca, prompt_completion, transcript_pairs, pairs, labelled_pairs, ranking, prompts,"
-            " text) and map its fields in columns",
+            " alpaca, prompt_completion, transcript_pairs, pairs, labelled_pairs, labelled,"
+            " ranking, prompts, text) and map its fields in columns",
         ),
         (
             {"text": "a"},

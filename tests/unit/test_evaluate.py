@@ -20,7 +20,7 @@ from data.tokenizer import end_ids, prepare_tokenizer
 from pipelines import evaluate
 from pipelines.answers import Answers, answer, answer_metrics
 from pipelines.load_roles import LoadedRoles
-from reward.model import ScoreHead
+from reward.head import ScoreHead
 from tests import adapters, tiny
 
 PROMPTS = [

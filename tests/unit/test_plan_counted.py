@@ -20,7 +20,8 @@ from align.roles import Roles
 from align.sequences import join
 from pipelines.reward_loss import output_head
 from pipelines.sft import add_adapter
-from reward.model import ScoreHead, new_reward_model
+from reward.head import ScoreHead
+from reward.model import new_reward_model
 from tests import adapters, tiny
 
 CONFIGS = {

@@ -26,7 +26,7 @@ from pipelines.load_roles import LoadedRoles
 from pipelines.rollout import collect, now
 from pipelines.shaping import ScoreScaler, estimate
 from pipelines.update import Updater
-from reward.model import ScoreHead
+from reward.head import ScoreHead
 from tests import adapters, tiny
 
 SECTION = Ppo(

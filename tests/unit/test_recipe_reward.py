@@ -14,6 +14,8 @@ from pipelines.reward_loss import check_columns, margin_of
 
 PAIR = ((Message("user", "hi"),), ("a", "b"), (1.0, 0.0))
 
+CLASSES = ["reward.classes={labels: [a, b]}", "reward.loss=classes", "reward.center_on=none"]
+
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
@@ -36,7 +38,25 @@ PAIR = ((Message("user", "hi"),), ("a", "b"), (1.0, 0.0))
         ),
         (["reward.label_smoothing=0.5"], "reward.label_smoothing=0.5: "),
         (["reward.margin=true"], "allowed: none, column, small or large"),
-        (["reward.loss=lists"], "allowed: pairs or listwise"),
+        (["reward.loss=lists"], "allowed: pairs, listwise or classes"),
+        (["reward.loss=classes"], "reward.classes: goes with loss=classes, and loss=classes needs"),
+        (["reward.classes={labels: [a, b]}"], "reward.classes: goes with loss=classes"),
+        ([*CLASSES[1:], "reward.classes={labels: [a]}"], "reward.classes.labels: names one class"),
+        (
+            [*CLASSES[1:], "reward.classes={labels: [a, b, a]}"],
+            "names 'a' twice; allowed: every label",
+        ),
+        ([*CLASSES[1:], "reward.classes={labels: [a, '']}"], "holds an empty label"),
+        (
+            [*CLASSES[:2], "reward.center_on=demonstrations"],
+            "center_on=demonstrations: is a matter of",
+        ),
+        ([*CLASSES, "reward.margin=small"], "reward.margin=small: is a matter of ranked responses"),
+        ([*CLASSES, "reward.soft_labels=true"], "reward.soft_labels=true: is a matter of ranked"),
+        ([*CLASSES, "reward.centering_coef=0.1"], "reward.centering_coef=0.1: is a matter of"),
+        ([*CLASSES, "reward.aux_lm_coef=0.1"], "reward.aux_lm_coef=0.1: is a matter of ranked"),
+        ([*CLASSES, "ppo=null", "distributed.processes=2"], "reward.loss=classes: not built: a"),
+        (CLASSES, "ppo.reward: the model is a classifier; allowed: a reward model, or as a"),
         (["reward.centering_coef=-1.0"], "reward.centering_coef=-1.0: "),
         (
             ["ppo=null", "adapter.method=head_only", "reward.aux_lm_coef=0.1"],
@@ -105,6 +125,17 @@ def test_plan_counts_the_encoder_that_the_recipe_makes_and_says_that_it_knows_no
     (model,) = (item for item in reward.kept if item.name == "model: reward")
     assert model.bytes == 4 * bert.base_model.num_parameters()
     assert pretrain.peak > reward.sum("weights")
+
+
+def test_plan_counts_a_head_for_every_class_and_a_row_for_every_text() -> None:
+    labels = "reward.classes={labels: [a, b, c]}"
+    recipe = load_recipe("miniature", [*CLASSES[1:], labels, "ppo=null"])
+    plans = {plan.stage: plan for plan in plan_recipe(recipe, None)}
+    width = recipe.pretrain.model.hidden_size  # type: ignore[union-attr]
+    (head,) = (item for item in plans["reward"].kept if item.name == "head: reward")
+    assert head.bytes == 4 * (2 * 3 * width + 2)
+    ranked = {plan.stage: plan for plan in plan_recipe(load_recipe("miniature"), None)}
+    assert plans["reward"].peak < ranked["reward"].peak
 
 
 class _Tokens:

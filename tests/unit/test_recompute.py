@@ -10,7 +10,7 @@ from align.generation import generate
 from align.models import recompute_activations
 from align.roles import Roles
 from align.sequences import join
-from reward.model import ScoreHead
+from reward.head import ScoreHead
 from tests import adapters, tiny
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16]]

@@ -16,16 +16,8 @@ from align.adapters import WEIGHTS
 from align.errors import ParentError
 from align.recipe_adapter import Adapter
 from reward.calibrate import SCORE_FILE, RewardModelError, center_on
-from reward.model import (
-    HEAD_KEY,
-    RewardModel,
-    ScoreHead,
-    last_hidden,
-    load_reward_model,
-    load_score_head,
-    new_reward_model,
-    new_score_weight,
-)
+from reward.head import HEAD_KEY, ScoreHead, load_score_head, new_score_weight
+from reward.model import RewardModel, last_hidden, load_reward_model, new_reward_model
 from tests import tiny
 from tests.adapters import sft_adapter
 

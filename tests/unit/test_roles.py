@@ -16,7 +16,7 @@ from align.quantization import prepare_quantized
 from align.recipe import Base
 from align.roles import Roles
 from align.sequences import Sequences, join
-from reward.model import ScoreHead
+from reward.head import ScoreHead
 from tests import adapters, tiny
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16]]
