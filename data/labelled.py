@@ -7,6 +7,7 @@ from data.conversations import (
     Fault,
     Fields,
     describe,
+    expect_string,
     read_prompt,
     read_response,
 )
@@ -26,6 +27,8 @@ def read_labelled(row: Fields, source: Source) -> Record:
     if not isinstance(label, str | int) or label == "":
         expected = "text or a whole number"
         raise Fault(row.name("label"), describe(label), expected, "correct or remove the row")
+    if isinstance(label, str):
+        expect_string(label, row.name("label"))
     if row.get("text") is MISSING and row.get("prompt") is not MISSING:
         prompt = read_prompt(row.take("prompt"), row.name("prompt"))
         response = read_response(row.take("response"), prompt, row.name("response"))

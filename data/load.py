@@ -201,7 +201,7 @@ def _known_labels(rows: Iterable[_Row], source: Source, classes: Classes) -> Ite
         if isinstance(row, Labelled) and row.label not in classes.numbers:
             allowed = f"one of reward.classes.labels ({', '.join(classes.labels)})"
             fix = "correct the row, or add it to the labels"
-            yield origin, Fault(name, f"the label {row.label!r}", allowed, fix)
+            yield origin, Fault(name, f"the label {row.label[:40]!r}", allowed, fix)
         else:
             yield origin, row
 

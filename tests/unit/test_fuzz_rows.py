@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from align.errors import DataError
 from align.recipe import Source
 from data.conversations import Dropped, Fault
-from data.records import Demonstration, Ranking, Text
+from data.records import Demonstration, Labelled, Ranking, Text
 from data.shapes import _SHAPES, find_shape, to_record
 from data.sources import read_file
 
@@ -86,6 +86,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "subset": "s",
     },
     "labelled_pairs": {"prompt": "a", "input": "", "first": "b", "second": "c", "label": 0},
+    "labelled": {"text": "a", "text_pair": "b", "label": 0},
     "ranking": {
         "prompt": "a",
         "responses": ["b", "c"],
@@ -123,6 +124,9 @@ def judge(row: object, shape: str) -> None:
         assert len(record.responses) == len(record.scores) >= 2
         assert all(abs(score) < 1e39 for score in record.scores)
         texts += record.responses
+    if isinstance(record, Labelled):
+        assert record.label
+        texts += [record.label, *record.texts]
     for text in texts:
         text.encode()
 
