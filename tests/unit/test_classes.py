@@ -98,6 +98,13 @@ def test_figures_of_five_rows() -> None:
     assert metrics["accuracy/high"] == pytest.approx(0.8574, abs=1e-3)
 
 
+def test_calibration_counts_choices_that_have_less_than_half() -> None:
+    # Both choices have 0.4, and one of them is right.
+    logits = torch.tensor([[0.4, 0.3, 0.3], [0.3, 0.4, 0.3]]).log()
+    found = class_metrics(logits, torch.tensor([0, 0]))
+    assert found["calibration/ece"] == pytest.approx(0.1, abs=1e-6)
+
+
 def test_figures_by_class_are_those_of_scikit_learn_and_leave_unseen_classes_out() -> None:
     given, labels = torch.tensor([0, 0, 1, 1, 0]), torch.tensor([0, 0, 0, 1, 1])
     metrics = figures_by_class(given, labels, ["up", "down", "never"])
