@@ -1,4 +1,4 @@
-"""Backward, clip, step: one optimiser over the trained roles, on accelerate."""
+"""Backward, clip, step: one optimiser over the trained roles, whole or shared out by ZeRO."""
 
 import math
 from collections.abc import Sequence
@@ -12,8 +12,11 @@ from transformers import get_scheduler
 from align import group
 from align.errors import TrainingError
 from align.quantization import bitsandbytes
+from align.recipe_distributed import Distributed
 from align.recipe_types import Optimisation, OptimizerName
 from align.state import State
+from align.zero import deepspeed_settings
+from align.zero_optimizer import ZeroOptimizer
 
 # The classes of bitsandbytes; "adamw" itself is PyTorch's.
 _BITSANDBYTES: dict[OptimizerName, str] = {
@@ -21,6 +24,7 @@ _BITSANDBYTES: dict[OptimizerName, str] = {
     "paged_adamw": "PagedAdamW",
     "paged_adamw_8bit": "PagedAdamW8bit",
 }
+_ALONE = Distributed()
 
 
 class Engine:
@@ -30,6 +34,7 @@ class Engine:
         groups: parameters and their learning rate.
         section: schedule, warm-up, weight decay and gradient clipping.
         num_steps: optimiser steps in all; the schedule ends there.
+        distributed: whether the processes of a group share the optimiser out.
     """
 
     def __init__(
@@ -37,44 +42,50 @@ class Engine:
         groups: Sequence[tuple[list[nn.Parameter], float]],
         section: Optimisation,
         num_steps: int,
+        distributed: Distributed = _ALONE,
     ) -> None:
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
         self.parameters = [p for parameters, _ in groups for p in parameters]
         # Adam with the epsilon of OpenAI's code (Huang et al. 2024, note on Adam).
         optimizer = _adamw(groups, section, eps=1e-5)
-        scheduler = get_scheduler(
+        self.scheduler = get_scheduler(
             section.schedule,
             optimizer,
             num_warmup_steps=math.ceil(section.warmup_ratio * num_steps),
             num_training_steps=num_steps,
         )
-        # Prepared, the schedule would move by a step for every process.
-        self.optimizer, self.scheduler = self.accelerator.prepare(optimizer), scheduler
-        self.max_grad_norm = section.max_grad_norm
+        self.optimizer: WholeOptimizer | ZeroOptimizer
+        if distributed.zero:
+            self.optimizer = ZeroOptimizer(optimizer, deepspeed_settings(distributed, section))
+        else:
+            self.optimizer = WholeOptimizer(optimizer, section.max_grad_norm)
         self.step_count = 0
 
     @property
     def lr(self) -> float:
         """The learning rate of the first group."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        return float(self.scheduler.get_last_lr()[0])
 
     def state(self) -> State:
-        """Return the state of optimiser and schedule; the parameters' values are not in it."""
+        """Return what every process of a group has the same; not the parameters' values."""
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state(),
             "scheduler": self.scheduler.state_dict(),
             "step_count": self.step_count,
         }
 
-    def load(self, state: State) -> None:
-        """Go on from what ``state`` has returned."""
-        self.optimizer.load_state_dict(state["optimizer"])
+    def share(self) -> State:
+        """Return what this process alone has of the optimiser's state."""
+        return self.optimizer.share()
+
+    def load(self, state: State, share: State) -> None:
+        """Go on from what ``state`` and ``share`` have returned, and the parameters as they are."""
+        self.optimizer.load(state["optimizer"], share)
         self.scheduler.load_state_dict(state["scheduler"])
         self.step_count = state["step_count"]
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradient."""
-        self.accelerator.backward(loss)
+        self.optimizer.backward(loss)
 
     def step(self, trained: Sequence[nn.Parameter]) -> float:
         """Clip, update, clear the gradients; return the gradient's norm before clipping.
@@ -82,7 +93,8 @@ class Engine:
         The gradient is the sum over the processes, if there are several.
 
         Args:
-            trained: the parameters to update; the others are left as they are.
+            trained: the parameters to update, of each group all or none; the others are left as
+                they are.
 
         Raises:
             TrainingError: the gradient is not finite, or one of ``trained`` got none; nothing has
@@ -95,21 +107,60 @@ class Engine:
                 f"optimiser step {self.step_count}: {lost} of {len(trained)} trainable tensors got"
                 " no gradient; a frozen or switched-off adapter is the likely cause"
             )
-        group.add_gradients(trained)
         chosen = {id(parameter) for parameter in trained}
         for parameter in self.parameters:
             if id(parameter) not in chosen:
                 parameter.grad = None
-        norm = float(self.accelerator.clip_grad_norm_(trained, self.max_grad_norm))
+        norm = self.optimizer.step(trained)
         if not math.isfinite(norm):
             raise TrainingError(
                 f"optimiser step {self.step_count}: the gradient's norm is {norm}; the weights"
                 " were left as they are; try a smaller lr"
             )
-        self.optimizer.step()
         self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+class WholeOptimizer:
+    """An optimiser that each process has whole, on accelerate; of a group all make the same step.
+
+    Args:
+        optimizer: of PyTorch or bitsandbytes.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+        self._accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+        self.optimizer = self._accelerator.prepare(optimizer)
+        self._max_grad_norm = max_grad_norm
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradient to the parameters' own."""
+        self._accelerator.backward(loss)
+
+    def step(self, trained: Sequence[nn.Parameter]) -> float:
+        """Sum the gradients over the processes, clip, update, and clear them; return their norm.
+
+        Where that is not finite nothing is updated.
+        """
+        group.add_gradients(trained)
+        norm = float(self._accelerator.clip_grad_norm_(trained, self._max_grad_norm))
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state(self) -> State:
+        """Return the optimiser's state."""
+        state: State = self.optimizer.state_dict()
+        return state
+
+    def share(self) -> State:
+        """Return nothing: no process has what the others do not."""
+        return {}
+
+    def load(self, state: State, share: State) -> None:
+        """Go on from what ``state`` has returned."""
+        self.optimizer.load_state_dict(state)
 
 
 def _adamw(

@@ -203,8 +203,7 @@ def _group_changes(chosen: Distributed) -> list[Change]:
     if chosen.offload != "all":
         name = "ZeRO 3 with weights in main memory: far slower"
         found.append(Change(name, 8, {zero: 3, offload: "all"}))
-    alone = {"distributed.processes": 1, zero: 0, offload: "none", "base.quantization": "nf4"}
-    return [*found, Change("base in 4 bits, which one process trains: far slower", 15, alone)]
+    return found
 
 
 def _ppo_changes(section: Ppo) -> list[Change]:

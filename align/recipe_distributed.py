@@ -20,8 +20,8 @@ class Distributed(Section):
 
     processes: Positive = 1  # one per GPU; batch sizes count over all of them
     # What the processes share out instead of each holding all of it (Rajbhandari et al. 2020): 0
-    # nothing, 1 the optimiser's states, 2 the gradients as well, 3 also the weights. That is of
-    # pretrain, sft and reward: in ppo, which trains adapters only, each holds everything.
+    # nothing, 1 the optimiser's states, 2 the gradients as well, 3 also the weights. In ppo, which
+    # trains adapters only, a process holds the gradients of its own passes whole with 2, too.
     zero: Zero = 0
     # What lies in main memory: the optimiser's states, or the weights as well (with zero=3).
     offload: Offload = "none"
@@ -54,17 +54,17 @@ class Distributed(Section):
             problems.append(("adapter.method", f"not built {beside}; allowed: lora or full"))
         if adapter.dora:
             problems.append(("adapter.dora", f"not built {beside}; allowed: false"))
-        if base.quantization != "none":
-            problems.append(("base.quantization", f"not built {beside}; allowed: none"))
+        if base.quantization == "int8":
+            problems.append(("base.quantization", f"not built {beside}; allowed: none, nf4, fp4"))
         return problems
 
     def _stage_problems(self, recipe: "Recipe") -> list[tuple[str, str]]:
         problems = []
-        for stage in ("pretrain", "sft", "reward"):
+        for stage in ("pretrain", "sft", "reward", "ppo"):
             section: Optimisation | None = getattr(recipe, stage)
             if section is None:
                 continue
-            problem = self._batch_problem(section)
+            problem = self._batch_problem(section) if stage != "ppo" else None
             if problem is not None:
                 problems.append((f"{stage}.{problem[0]}", problem[1]))
             if self.zero and section.optimizer != "adamw":

@@ -3,10 +3,10 @@
 from typing import Any
 
 from align.recipe_distributed import Distributed, rows_and_passes
+from align.recipe_ppo import Ppo
 from align.recipe_types import Optimisation
 
-# In ppo each process holds everything; evaluate is made by one.
-WITHOUT_ZERO = ("ppo", "evaluate")
+WITHOUT_ZERO = ("evaluate",)  # made by one process
 
 
 def deepspeed_settings(distributed: Distributed, section: Optimisation) -> dict[str, Any]:
@@ -15,7 +15,7 @@ def deepspeed_settings(distributed: Distributed, section: Optimisation) -> dict[
     Optimiser and schedule are the stage's own. Numbers are float32 where the model's are: ZeRO's
     own copies for training in 16 bits are not used.
     """
-    rows, passes = rows_and_passes(section, distributed)
+    batch, (rows, passes) = section.batch_size, rows_and_passes(section, distributed)
     zero: dict[str, Any] = {"stage": distributed.zero}
     if distributed.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -24,8 +24,14 @@ def deepspeed_settings(distributed: Distributed, section: Optimisation) -> dict[
     if distributed.zero == 3:
         # Small tensors are shared out, too: those kept whole would need to be of one precision.
         zero["stage3_param_persistence_threshold"] = 0
+    if isinstance(section, Ppo):
+        # How a minibatch is divided into passes each process decides for itself: by their tokens.
+        batch, passes = section.minibatch_size, 1
+        rows = batch // distributed.processes
+        # Numbers, for which there is room in every step; of adapters there are not many.
+        zero["reduce_bucket_size"] = 50_000_000
     return {
-        "train_batch_size": section.batch_size,
+        "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": rows,
         "gradient_accumulation_steps": passes,
         "gradient_clipping": section.max_grad_norm,

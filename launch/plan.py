@@ -19,7 +19,7 @@ from align.plan_model import Shape, read_shape
 from align.plan_time import Speed, StageWork, calibrated_speed, card_speed, plan_work
 from align.published import CARDS, CONFIGS
 from align.recipe import Recipe
-from align.recipe_distributed import Distributed, Zero
+from align.recipe_distributed import Distributed, Offload, Zero
 from align.stages import stage_directory
 from align.zero import WITHOUT_ZERO, deepspeed_settings
 from launch.command import Python
@@ -175,9 +175,8 @@ def make_plan(
         raise InputError(f"{recipe.name}: has no section of a stage; nothing to plan")
 
     def peaks(changed: Recipe) -> dict[str, int]:
-        plans, chosen = plan_recipe(changed, shape, on_cpu=on_cpu), changed.distributed
-        left_group = recipe.distributed.together and not chosen.together
-        return {plan.stage: _peak(plan, 1 if left_group else gpus, chosen) for plan in plans}
+        plans = plan_recipe(changed, shape, on_cpu=on_cpu)
+        return {plan.stage: _peak(plan, gpus, changed.distributed) for plan in plans}
 
     largest = max(stages, key=lambda stage: _peak(stage, gpus, recipe.distributed))
     result: dict[str, Any] = {
@@ -244,9 +243,12 @@ def _peak(stage: StagePlan, gpus: int, chosen: Distributed) -> int:
 
 def _phases(stage: StagePlan, gpus: int, chosen: Distributed) -> dict[str, int]:
     """Return what each phase takes on a GPU as the recipe runs it."""
-    if chosen.together and stage.stage not in WITHOUT_ZERO:
-        return stage.trained_together(gpus, chosen.zero, chosen.offload)
-    return {phase.name: stage.total(phase) for phase in stage.phases}
+    if not chosen.together or stage.stage in WITHOUT_ZERO:
+        return {phase.name: stage.total(phase) for phase in stage.phases}
+    if stage.stage == "ppo":  # shares out the optimiser's states alone, and knows no ZeRO 3
+        offload: Offload = "none" if chosen.offload == "none" else "optimizer"
+        return stage.trained_together(gpus, 1 if chosen.zero else 0, offload)
+    return stage.trained_together(gpus, chosen.zero, chosen.offload)
 
 
 def _way(chosen: Distributed) -> str | None:

@@ -48,7 +48,8 @@ def run(job: StageJob) -> StageResult | None:
     """Train policy and critic; see the module's docstring.
 
     Of several processes each holds all roles and takes its part of every minibatch; gradients are
-    summed. What is decided, the first decides for all.
+    summed, and the optimiser's states may be shared out. What is decided, the first decides for
+    all.
     """
     recipe, section = job.recipe, job.recipe.ppo
     assert section is not None
@@ -59,7 +60,7 @@ def run(job: StageJob) -> StageResult | None:
     prompts = usable_prompts(job, loaded, job.data["prompts"].train)
     longest = max(len(loaded.renderer.prompt(prompt.messages)) for prompt in prompts)
     ptx = Ptx(job, loaded, section) if section.ptx is not None else None
-    engine = _engine(roles, section)
+    engine = _engine(recipe, roles)
     updater = Updater(roles, engine, section, ptx=ptx, tolerance=tolerance)
     scaler, stopping = ScoreScaler(section.reward_scaling), Stopping(section)
     kept = KeptPolicy(section, roles, Probe(job, loaded, score), scaler)
@@ -199,13 +200,15 @@ def _try_longest(
     check_memory(recipe, "ppo", engine.parameters, step, what)
 
 
-def _engine(roles: Roles, section: Ppo) -> Engine:
+def _engine(recipe: Recipe, roles: Roles) -> Engine:
+    section = recipe.ppo
+    assert section is not None
     updates = section.steps * section.epochs * (section.batch_size // section.minibatch_size)
     groups = [
         (roles.role_parameters("policy"), section.lr),
         (roles.role_parameters("value"), section.value_lr or section.lr),
     ]
-    return Engine(groups, section, updates)
+    return Engine(groups, section, updates, recipe.distributed)
 
 
 def _next_kl_coef(coef: float, kl: float, section: Ppo) -> float:

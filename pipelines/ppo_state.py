@@ -39,9 +39,10 @@ class PpoState:
     def save(self, folder: Path) -> None:
         """Write all of it, and the random generators: a reward function may draw from them.
 
-        The processes of a group differ in their generators alone.
+        The processes of a group differ in their generators, and in what is shared out.
         """
-        save_state(folder, generators_state(), own_state_name())
+        own = {"generators": generators_state(), "engine": self.engine.share()}
+        save_state(folder, own, own_state_name())
         if not group.is_first():
             return
         trained = enumerate(self.engine.parameters)
@@ -62,14 +63,14 @@ class PpoState:
 
     def load(self, folder: Path) -> None:
         """Go on from what was saved."""
-        state = load_state(folder)
+        state, own = load_state(folder), load_state(folder, own_state_name())
         self.step, self.metrics = state["step"], state["metrics"]
         self.kl_coef = state["kl_coef"]
         trained = enumerate(self.engine.parameters)
         copy_into({str(number): p for number, p in trained}, state["parameters"])
-        self.engine.load(state["engine"])
+        self.engine.load(state["engine"], own["engine"])
         self.updater.ptx_steps = state["ptx_steps"]
         self.scaler.load(state["scaler"])
         self.stopping.load(state["stopping"])
         self.kept.load(state["kept"])
-        set_generators_state(load_state(folder, own_state_name()))
+        set_generators_state(own["generators"])

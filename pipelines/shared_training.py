@@ -21,6 +21,7 @@ from align.errors import TrainingError
 from align.recipe_types import Optimisation
 from align.seeds import derive_seed
 from align.state import State, copy_into
+from align.zero_optimizer import load_states_share, states_share
 from data.order import Order, WholeBatches
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -100,46 +101,17 @@ def is_shared_out(trainer: Trainer) -> bool:
 
 
 def optimizer_share(trainer: Trainer) -> State:
-    """Return this process's share of the optimiser's state: of every flat part, what belongs to it.
-
-    Beside it, the groups' settings: the rate of the next step is one. The values of the parameters
-    are not in it.
-    """
-    inner = _optimizer(trainer).optimizer
-    return {
-        "groups": [
-            {name: value for name, value in settings.items() if name != "params"}
-            for settings in inner.param_groups
-        ],
-        "parts": [dict(inner.state[part]) for part in _flat_parts(trainer)],
-    }
+    """Return this process's share of the optimiser's states; see ``align.zero_optimizer``."""
+    return states_share(_optimizer(trainer))
 
 
 def load_optimizer_share(trainer: Trainer, saved: State) -> None:
     """Go on from what ``optimizer_share`` has returned in this process of as large a group."""
-    inner = _optimizer(trainer).optimizer
-    for settings, kept in zip(inner.param_groups, saved["groups"], strict=True):
-        settings.update(kept)
-    for part, values in zip(_flat_parts(trainer), saved["parts"], strict=True):
-        # As torch places them: the count of steps stays on the CPU, unless a kernel reads it.
-        inner.state[part] = {
-            name: value.to(part.device) if value.ndim or inner.defaults.get("fused") else value
-            for name, value in values.items()
-        }
-
-
-def _flat_parts(trainer: Trainer) -> list[Tensor]:
-    """Return the flat tensors for which ZeRO has the optimiser keep its state here."""
-    optimizer = _optimizer(trainer)
-    name = "single_partition_of_fp32_groups"
-    if _shares_parameters(trainer):
-        name = "fp32_partitioned_groups_flat"
-    parts: list[Tensor] = getattr(optimizer, name)
-    return parts
+    load_states_share(_optimizer(trainer), saved)
 
 
 def _optimizer(trainer: Trainer) -> Any:
-    """Return DeepSpeed's optimiser; the one of torch that it drives is its ``optimizer``."""
+    """Return DeepSpeed's optimiser."""
     engine: Any = trainer.model_wrapped
     return engine.optimizer
 

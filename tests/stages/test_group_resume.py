@@ -127,12 +127,21 @@ def test_by_every_way_and_killed(root: Path, one: Path, stage: str, way: list[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
-def test_ppo_goes_on(root: Path, one: Path, by: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("way", "by"),
+    [
+        (["distributed.zero=0"], signal.SIGKILL),
+        (["distributed.zero=0"], signal.SIGINT),
+        (["distributed.zero=1"], signal.SIGKILL),
+        (["distributed.zero=2", "distributed.offload=optimizer"], signal.SIGKILL),
+    ],
+)
+def test_ppo_goes_on(root: Path, one: Path, way: list[str], by: signal.Signals) -> None:
     steps = [word for word in PPO if not word.startswith("ppo.steps")]
     settings = [*steps, *IN_FLOAT32, "evaluate=null", "ppo.kl.target=0.5", "ppo.ema=0.9"]
     settings += [*parent(one), f"run.parents.reward={one / 'reward'}", "reward=null"]
-    check_goes_on(root, "ppo", *settings, "distributed.zero=0", by=by)
+    settings += ["ppo.value.warmup_steps=1", "ppo.weight_decay=0.1"]
+    check_goes_on(root, "ppo", *settings, *way, by=by)
 
 
 @pytest.mark.slow

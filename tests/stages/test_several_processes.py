@@ -178,33 +178,6 @@ def test_llama2_7b_lora_zero2_runs(root: Path) -> None:
     assert beside.state == "ok", beside
 
 
-def test_ppo_samples_and_learns_what_one_process_does(root: Path, one: Path) -> None:
-    """The reward stage's adapter is scored by, and is where the critic starts from."""
-    settings = [
-        *PPO,
-        *IN_FLOAT32,
-        "evaluate=null",
-        "ppo.lr=1e-3",
-        "ppo.kl.target=0.5",
-        *parent(one),
-    ]
-    settings += [f"run.parents.reward={one / 'reward'}", "reward=null"]
-    settings += ["ppo.reward_scaling.mode=running", "ppo.max_tokens_per_microbatch=300"]
-    settings += ["ppo.micro_batch_size=null"]
-    expected = alone(root, "ppo-one", LORA, ("ppo",), *settings) / "ppo"
-    found = align(root, "ppo", LORA, "ppo", *settings, "--nproc", "2") / "ppo"
-    assert answers(found) == answers(expected)
-    clocks = ("time/", "memory/", "tokens_per_second", "ppo/ratio_first_max_error")
-    for ours, theirs in zip(metrics(found), metrics(expected), strict=True):
-        assert ours.keys() == theirs.keys()
-        for key in [key for key in theirs if not key.startswith(clocks)]:
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), (ours["step"], key)
-    for name in ("policy/adapter_model", "value/adapter_model", "value/value_head"):
-        files = [load_file(folder / f"{name}.safetensors") for folder in (found, expected)]
-        for key, tensor in files[1].items():
-            assert (files[0][key] - tensor).norm() <= 1e-3 * tensor.norm(), key
-
-
 @pytest.fixture(scope="module")
 def one(root: Path) -> Path:
     return alone(root, "one", LORA, ("sft", "reward"), *LORA_IN_FLOAT32)

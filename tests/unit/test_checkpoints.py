@@ -319,7 +319,7 @@ def test_an_engine_goes_on_as_if_nothing_had_happened(tmp_path, optimizer):
     again, other = make()
     state = load_state(tmp_path)
     copy_into(dict(other.named_parameters()), state["parameters"])
-    again.load(state["engine"])
+    again.load(state["engine"], again.share())
     train(again, other, range(3, 6))
     assert torch.equal(layer.weight, other.weight)
     assert torch.equal(layer.bias, other.bias)

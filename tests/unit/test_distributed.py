@@ -30,7 +30,10 @@ LORA, FULL = "llama2-7b/lora-zero2", "llama2-7b/full-zero3-offload"
         (["distributed.zero=2"], "offload=all: weights are whole with zero=2; allowed: none, opt"),
         (["adapter.method=bitfit"], "adapter.method=bitfit: not built with distributed.processes="),
         (["adapter.method=lora", "adapter.dora=true"], "adapter.dora=true: not built with"),
-        (["adapter.method=lora", "base.quantization=nf4"], "base.quantization=nf4: not built with"),
+        (
+            ["adapter.method=lora", "base.quantization=int8"],
+            "=int8: not built with distributed.proc",
+        ),
         (["sft.optimizer=adamw_8bit"], "sft.optimizer=adamw_8bit: not built with distributed.zero"),
         (
             ["sft.batch_size=24"],
@@ -51,6 +54,7 @@ def test_what_does_not_go_together_is_refused_by_name(overrides: list[str], mess
         (["ppo.layout=separate"], "ppo.layout=separate: PPO of all weights is not built in a"),
         (["ppo.ptx={coef: 1.0}"], "ppo.ptx=.*: not built in a group"),
         (["ppo.rollout.engine=hf"], "ppo.rollout.engine=hf: not built in a group"),
+        (["distributed.zero=1", "ppo.optimizer=adamw_8bit"], "ppo.optimizer=.*: not built with"),
         (["ppo.minibatch_size=16"], "the 3 processes cannot share it equally; allowed: multiples"),
     ],
 )
@@ -85,6 +89,19 @@ def test_what_deepspeed_is_told() -> None:
     }
     zero = deepspeed_settings(Distributed(processes=2, zero=1), section)["zero_optimization"]
     assert zero == {"stage": 1}
+    # PPO steps once per minibatch, 32 over 4 processes, in as many passes as each of them needs.
+    recipe = load_recipe(LORA)
+    assert recipe.ppo is not None
+    assert deepspeed_settings(recipe.distributed, recipe.ppo) == {
+        "train_batch_size": 32,
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2147483647,
+    }
 
 
 def test_the_whole_batch_is_divided_where_no_pass_is_named() -> None:
@@ -146,6 +163,10 @@ def test_the_plan_of_lora_on_whole_bases() -> None:
     adapter = 39_976_960  # numbers of r=16 on all linear layers
     shares = plan["per_gpu"]["sft"]
     assert shares["ZeRO 0"] - shares["ZeRO 2"] == 8 * adapter * 3 // 4  # largest: after training
+    # In PPO Adam's two moments of policy, critic and its head of 4096; gradients stay whole.
+    shares = plan["per_gpu"]["ppo"]
+    assert shares["ZeRO 0"] - shares["ZeRO 2"] == 8 * (2 * adapter + 4096) * 3 // 4
+    assert set(plan["deepspeed"]) == {"sft", "reward", "ppo"}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +201,7 @@ def test_where_nothing_helps_the_plan_says_what_stays(capsys: pytest.CaptureFixt
     assert plan["changes"] == []
     least = plan["least"]
     changed = load_recipe(LORA, least["overrides"])
-    again = make_plan(changed, read_shape(CONFIGS[recipe.base.id]), None, 1)
+    again = make_plan(changed, read_shape(CONFIGS[recipe.base.id]), None, 4)
     assert (again["peak_bytes"], again["largest_stage"]) == (least["peak_bytes"], least["stage"])
     sizes = [item["bytes"] for item in least["items"]]
     assert sizes == sorted(sizes, reverse=True)

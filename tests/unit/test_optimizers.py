@@ -53,10 +53,10 @@ def test_five_steps_of_every_optimiser(name):
         engine.backward((parameter * gradient).sum())
         engine.step([parameter])
     assert_close(parameter.detach(), adam_by_hand(start, drawn), rtol=0, atol=TOLERANCE[name])
-    states = engine.optimizer.state[parameter]
+    states = engine.optimizer.optimizer.state[parameter]
     large = {t.dtype for t in states.values() if isinstance(t, torch.Tensor) and t.numel() > 4096}
     assert large == ({torch.uint8} if name.endswith("8bit") else {torch.float32})
-    made = engine.optimizer.optimizer
+    made = engine.optimizer.optimizer.optimizer
     assert getattr(made, "is_paged", False) == name.startswith("paged")
 
 

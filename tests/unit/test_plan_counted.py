@@ -116,8 +116,8 @@ def step(module: nn.Module) -> torch.optim.Optimizer:
     engine = Engine([(trained, 1e-3)], settings, 1)
     for p in trained:
         p.grad = torch.ones_like(p)
-    engine.optimizer.step()
-    return engine.optimizer
+    engine.optimizer.optimizer.step()
+    return engine.optimizer.optimizer
 
 
 def roles(tmp_path, dtype: torch.dtype, *, layout: str, trunk: str, layers: str) -> Roles:

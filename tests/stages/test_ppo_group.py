@@ -1,0 +1,110 @@
+"""PPO in two gloo processes on the CPU, with DeepSpeed: what it learns is what one would learn."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.stages.test_llama2_recipes import base
+from tests.stages.test_several_processes import (
+    IN_FLOAT32,
+    LORA,
+    LORA_IN_FLOAT32,
+    PPO,
+    align,
+    alone,
+    answers,
+    metrics,
+    parent,
+)
+
+# A step of the critic alone, then both; a decay that would move even what has no gradient; numbers
+# of passes that differ between the processes.
+SETTINGS = (
+    *PPO,
+    *IN_FLOAT32,
+    "evaluate=null",
+    "reward=null",
+    "ppo.lr=1e-3",
+    "ppo.weight_decay=0.1",
+    "ppo.value.warmup_steps=1",
+    "ppo.kl.target=0.5",
+    "ppo.reward_scaling.mode=running",
+    "ppo.max_tokens_per_microbatch=300",
+    "ppo.micro_batch_size=null",
+)
+WAYS = [
+    ["distributed.zero=0"],
+    ["distributed.zero=1"],
+    ["distributed.zero=2", "distributed.offload=optimizer"],
+]
+NF4 = ("base.quantization=nf4", "base.compute_dtype=float32")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("ppo")
+    base(root, 4)
+    return root
+
+
+def parents(root: Path, *more: str) -> list[str]:
+    """Make an SFT model and a reward model, which scores, and is where the critic starts from."""
+    made = alone(root, f"one{len(more)}", LORA, ("sft", "reward"), *LORA_IN_FLOAT32, *more)
+    return [parent(made)[0], "sft=null", f"run.parents.reward={made / 'reward'}", *more]
+
+
+@pytest.fixture(scope="module")
+def one(root: Path) -> tuple[list[str], Path]:
+    """What PPO starts from, and what one process makes of it."""
+    settings = [*SETTINGS, *parents(root)]
+    return settings, alone(root, "ppo-one", LORA, ("ppo",), *settings) / "ppo"
+
+
+def check_same(found: Path, expected: Path) -> None:
+    assert answers(found) == answers(expected)
+    clocks = ("time/", "memory/", "tokens_per_second", "ppo/ratio_first_max_error")
+    for ours, theirs in zip(metrics(found), metrics(expected), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in [key for key in theirs if not key.startswith(clocks)]:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), (ours["step"], key)
+    for name in ("policy/adapter_model", "value/adapter_model", "value/value_head"):
+        files = [load_file(folder / f"{name}.safetensors") for folder in (found, expected)]
+        for key, tensor in files[1].items():
+            assert (files[0][key] - tensor).norm() <= 1e-3 * tensor.norm(), key
+
+
+def test_ppo_samples_and_learns_what_one_process_does(
+    root: Path, one: tuple[list[str], Path]
+) -> None:
+    settings, expected = one  # the recipe's own way is ZeRO 2
+    check_same(align(root, "ppo", LORA, "ppo", *settings, "--nproc", "2") / "ppo", expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS, ids=" ".join)
+def test_by_every_other_way(root: Path, one: tuple[list[str], Path], way: list[str]) -> None:
+    settings, expected = one
+    name = "way-" + "-".join(part.partition("=")[2] for part in way)
+    check_same(align(root, "ppo", LORA, name, *settings, *way, "--nproc", "2") / "ppo", expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 2])
+def test_on_a_4_bit_base(root: Path, zero: int) -> None:
+    settings = [*SETTINGS, *parents(root, *NF4)]
+    expected = alone(root, f"nf4-one-{zero}", LORA, ("ppo",), *settings) / "ppo"
+    way = (f"distributed.zero={zero}", "--nproc", "2")
+    check_same(align(root, "ppo", LORA, f"nf4-{zero}", *settings, *way) / "ppo", expected)
+
+
+@pytest.mark.slow
+def test_a_critic_on_the_policys_states_and_one_process(
+    root: Path, one: tuple[list[str], Path]
+) -> None:
+    """While the critic warms up, its loss reaches the policy, which is to rest all the same."""
+    settings = [*one[0], "ppo.value.trunk=policy", "ppo.value.warmup_steps=1"]
+    expected = alone(root, "trunk-one", LORA, ("ppo",), *settings) / "ppo"
+    for processes in "12":
+        run = align(root, "ppo", LORA, f"trunk-{processes}", *settings, "--nproc", processes)
+        check_same(run / "ppo", expected)
