@@ -58,7 +58,7 @@ def test_two_processes_step_as_adamw_does() -> None:
         )
         for rank in "01"
     ]
-    said = [process.communicate(timeout=120)[1] for process in started]
+    said = [process.communicate(timeout=240)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
 
 
