@@ -19,6 +19,7 @@ from align.functional import next_kl_coef
 from align.machine import peak_bytes
 from align.models import base_location
 from align.recipe import Recipe
+from align.recipe_distributed import Distributed
 from align.recipe_ppo import Ppo
 from align.roles import Role, Roles
 from align.seeds import derive_seed
@@ -60,7 +61,7 @@ def run(job: StageJob) -> StageResult | None:
     prompts = usable_prompts(job, loaded, job.data["prompts"].train)
     longest = max(len(loaded.renderer.prompt(prompt.messages)) for prompt in prompts)
     ptx = Ptx(job, loaded, section) if section.ptx is not None else None
-    engine = _engine(recipe, roles)
+    engine = _engine(roles, section, recipe.distributed)
     updater = Updater(roles, engine, section, ptx=ptx, tolerance=tolerance)
     scaler, stopping = ScoreScaler(section.reward_scaling), Stopping(section)
     kept = KeptPolicy(section, roles, Probe(job, loaded, score), scaler)
@@ -200,15 +201,13 @@ def _try_longest(
     check_memory(recipe, "ppo", engine.parameters, step, what)
 
 
-def _engine(recipe: Recipe, roles: Roles) -> Engine:
-    section = recipe.ppo
-    assert section is not None
+def _engine(roles: Roles, section: Ppo, distributed: Distributed) -> Engine:
     updates = section.steps * section.epochs * (section.batch_size // section.minibatch_size)
     groups = [
         (roles.role_parameters("policy"), section.lr),
         (roles.role_parameters("value"), section.value_lr or section.lr),
     ]
-    return Engine(groups, section, updates, recipe.distributed)
+    return Engine(groups, section, updates, distributed)
 
 
 def _next_kl_coef(coef: float, kl: float, section: Ppo) -> float:

@@ -14,6 +14,7 @@ from align.errors import TrainingError
 from align.manifest import BaseFacts
 from align.merging import merged
 from align.recipe import TokenizerSection
+from align.recipe_distributed import Distributed
 from align.recipe_ppo import MissingEos, Ppo
 from align.roles import Roles
 from align.sequences import join
@@ -97,7 +98,7 @@ def rolled(loaded, section=SECTION, seed=0):
 
 
 def engine_of(loaded, section=SECTION):
-    return ppo._engine(loaded.roles, section)
+    return ppo._engine(loaded.roles, section, Distributed())
 
 
 def changed(**changes):
