@@ -98,15 +98,3 @@ def test_on_a_4_bit_base(root: Path, zero: int) -> None:
     expected = alone(root, f"nf4-one-{zero}", LORA, ("ppo",), *settings) / "ppo"
     way = (f"distributed.zero={zero}", "--nproc", "2")
     check_same(align(root, "ppo", LORA, f"nf4-{zero}", *settings, *way) / "ppo", expected)
-
-
-@pytest.mark.slow
-def test_a_critic_on_the_policys_states_and_one_process(
-    root: Path, one: tuple[list[str], Path]
-) -> None:
-    """While the critic warms up, its loss reaches the policy, which is to rest all the same."""
-    settings = [*one[0], "ppo.value.trunk=policy"]
-    expected = alone(root, "trunk-one", LORA, ("ppo",), *settings) / "ppo"
-    for processes in "12":
-        run = align(root, "ppo", LORA, f"trunk-{processes}", *settings, "--nproc", processes)
-        check_same(run / "ppo", expected)
