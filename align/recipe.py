@@ -339,8 +339,9 @@ class Recipe(Section):
         problems = []
         if ppo.own_models and self.base.quantization != "none":
             key = "ppo.layout" if ppo.layout == "separate" else "ppo.value.layout"
-            needed = f"trains all weights, and those in {self.base.quantization} have no gradient"
-            problems.append((key, f"{needed}; allowed with base.quantization: shared"))
+            quantization = f"base.quantization={self.base.quantization}"
+            needed = f"trains all weights, and those of {quantization} have no gradient"
+            problems.append((key, f"{needed}; allowed with it: shared"))
         if ppo.ptx and getattr(self.data, ppo.ptx.source) is None:
             problems.append(("ppo.ptx.source", f"needs a section data.{ppo.ptx.source}"))
         if self.reward:

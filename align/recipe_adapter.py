@@ -68,7 +68,9 @@ class Adapter(Section):
             problem = f"{needed} {dtype} ({mixed}); allowed with it: float32"
             problems.append(("base.dtype", problem))
         if self.method in ("full", "top_layers", "bitfit") and quantization != "none":
-            needed = f"trains layers of the base, which are frozen in {quantization}"
+            needed = (
+                f"trains layers of the base, which are frozen with base.quantization={quantization}"
+            )
             allowed = "lora, head_only, bottleneck or prefix"
             problems.append(("adapter.method", f"{needed}; allowed: {allowed}"))
         if self.method == "prefix" and checkpointing:

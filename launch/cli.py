@@ -287,8 +287,17 @@ def reproduce(
 
 
 @app.command()
-def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """Show this machine, its libraries and GPUs."""
+def doctor(
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Print what goes together in a recipe, and what not.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show this machine, its libraries and GPUs; or what recipes may combine."""
+    if matrix:
+        _show_matrix(as_json)
+        return
     from launch.doctor import examine  # nothing else needs what it imports
 
     facts = examine()
@@ -306,6 +315,16 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
         facts["problems"] = problems
         print("no problems found" if not problems else f"problems: {len(problems)}")
     raise typer.Exit(1 if facts["problems"] else 0)
+
+
+def _show_matrix(as_json: bool) -> None:
+    from launch.matrix import matrix, print_matrix
+
+    rows = matrix()
+    if as_json:
+        print_json({"cells": rows})
+    else:
+        print_matrix(rows)
 
 
 def _refuse_planned(name: str) -> None:

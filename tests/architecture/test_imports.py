@@ -34,6 +34,7 @@ LAUNCHER_MAY_USE = {
     "align.plan_time",
     "align.published",
     "align.recipe",
+    "align.recipe_adapter",
     "align.recipe_distributed",
     "align.recipe_io",
     "align.stages",
@@ -64,6 +65,7 @@ WITHOUT_TORCH = [
     "data.world",
     "launch.cli",
     "launch.doctor",
+    "launch.matrix",
     "launch.plan",
     "pipelines.stage",
 ]

@@ -47,7 +47,7 @@ def refused(*overrides: str) -> list[str]:
         ),
         (
             [*HUB, "adapter.method=bitfit", "base.quantization=nf4"],
-            "adapter.method=bitfit: trains layers of the base, which are frozen in nf4; allowed:",
+            "adapter.method=bitfit: trains layers of the base, which are frozen with base.quan",
         ),
         (
             [*NO_PPO, "adapter.method=prefix", "base.gradient_checkpointing=true"],

@@ -52,11 +52,11 @@ def refused(*overrides: str) -> list[str]:
         (["ppo.reward=[]"], "found an empty list; allowed: model, or a Python function as"),
         (
             ["ppo.layout=separate", "base.quantization=nf4"],
-            "ppo.layout=separate: trains all weights, and those in nf4 have no gradient; allowed",
+            "ppo.layout=separate: trains all weights, and those of base.quantization=nf4",
         ),
         (
             ["ppo.value={trunk: own, layout: separate}", "base.quantization=nf4"],
-            "ppo.value.layout=separate: trains all weights, and those in nf4 have no gradient",
+            "ppo.value.layout=separate: trains all weights, and those of base.quantiz",
         ),
         (
             ["ppo.value.layout=separate", "ppo.value.trunk=policy"],
