@@ -49,19 +49,26 @@ def join(*, deepspeed: bool) -> None:
     _end_with_starter()
     import torch
 
-    gpus = torch.cuda.device_count()
     if torch.cuda.is_available():
-        if size() > gpus:
-            raise InputError(
-                f"distributed.processes={size()}: each needs a GPU of its own, and there are {gpus}"
-            )
-        torch.cuda.set_device(rank())
+        torch.cuda.set_device(_own_gpu(torch.cuda.device_count()))
     if deepspeed:
         from deepspeed.ops import __compatible_ops__ as operations
 
         # On a CPU it would be compiled whenever a group is made; gloo does without it.
         operations["deepspeed_shm_comm"] = False
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def _own_gpu(gpus: int) -> int:
+    """Return which of the GPUs of this machine is this process's."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size()))
+    if here > gpus:
+        where = "here" if here == size() else f"of which {here} on this machine"
+        raise InputError(
+            f"distributed.processes={size()}, {where}: each needs a GPU of its own, and there are"
+            f" {gpus}"
+        )
+    return int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def _end_with_starter() -> None:

@@ -16,9 +16,9 @@ Offload = Literal["none", "optimizer", "all"]
 
 
 class Distributed(Section):
-    """How many processes of this machine train one model, and how DeepSpeed shares it out."""
+    """How many processes train one model, and how DeepSpeed shares it out to them."""
 
-    processes: Positive = 1  # one per GPU; batch sizes count over all of them
+    processes: Positive = 1  # one per GPU, of all nodes; batch sizes count over all of them
     # What the processes share out instead of each holding all of it (Rajbhandari et al. 2020): 0
     # nothing, 1 the optimiser's states, 2 the gradients as well, 3 also the weights. In ppo, which
     # trains adapters only, a process holds the gradients of its own passes whole with 2, too.

@@ -4,27 +4,24 @@ Torch is never imported here: help, mistakes in a recipe and the look at what is
 answer at once. The work happens in processes of its own, started by ``launch.experiment``.
 """
 
-import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
-from typer.models import ArgumentInfo
 
 from align import __version__
 from align.errors import AlignError, InputError, printable, stopped_by
-from align.recipe import StageName
 from launch import experiment as experiments
-from launch.experiment import ChildError, Experiment, Settings
+from launch.experiment import ChildError
+from launch.options import RECIPE, Debug, Overrides, RunName, read_settings
 from launch.packages import check_packages
 from launch.processes import Stopped, catch_signals
 from launch.recipes import Json, recipes
-from launch.tables import by_model, print_json, print_table, readable
+from launch.running import add_commands
+from launch.tables import print_json, readable
 from launch.verify import print_check, verify_run
 
 app = typer.Typer(
@@ -37,30 +34,9 @@ app = typer.Typer(
 )
 app.add_typer(recipes, name="recipes", invoke_without_command=True)
 
-RECIPE = typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")
-RUN = typer.Argument(metavar="RUN", help="A run directory, or the recipe that made it.")
-RunName = Annotated[str, RUN]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, as in ppo.lr=1e-5."),
-]
-Force = Annotated[bool, typer.Option("--force", help="Make stages from nothing, done or not.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be started, and why.")]
-Processes = Annotated[
-    int | None,
-    typer.Option("--nproc", min=1, help="Processes that train together: distributed.processes."),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
-
 Exported = Literal["sft", "reward", "ppo"]
 Dtype = Literal["float32", "bfloat16"]
 
-_STAGES: dict[StageName, str] = {
-    "pretrain": "Make a small base model from plain text.",
-    "sft": "Tune the base on demonstrations.",
-    "reward": "Train the reward model on ranked responses.",
-    "ppo": "Optimise the policy against the reward with PPO.",
-}
 _PLANNED = ("data", "compare", "label", "chat")
 
 
@@ -95,82 +71,7 @@ def _version(
         raise typer.Exit
 
 
-def _run(experiment: Experiment) -> None:
-    settings = experiment.settings
-    stages = experiments.planned(experiment)
-    if settings.dry_run:
-        _show_plan(experiment, stages)
-        return
-    experiments.run_stages(experiment, stages)
-    report = experiment.directory / experiments.REPORT
-    if experiment.ran or not experiments.report_is_current(experiment):
-        experiments.write_report(experiment)
-    if settings.json:
-        print_json(_summary(experiment) | {"report": str(report)})
-    if not experiment.ran:
-        settings.say("everything is up to date; --force redoes it")
-    settings.say(f"report: {report}")
-
-
-def _run_stage(stage: StageName, experiment: Experiment) -> None:
-    if experiment.settings.dry_run:
-        _show_plan(experiment, experiments.one(experiment, stage))
-        return
-    experiments.run_stages(experiment, experiments.single(experiment, stage))
-    if experiment.settings.json:
-        print_json(_summary(experiment))
-
-
-def _evaluate(experiment: Experiment) -> None:
-    settings = experiment.settings
-    if experiment.recipe.evaluate is None:
-        again = [*experiment.overrides, "evaluate={}"]
-        experiment = experiments.open_recipe(str(experiment.file), again, settings)
-    if settings.dry_run:
-        _show_plan(experiment, experiments.one(experiment, "evaluate"))
-        return
-    experiments.run_stages(experiment, experiments.single(experiment, "evaluate"))
-    metrics = by_model(experiment.results["evaluate"]["metrics"])
-    if settings.json:
-        print_json(metrics)
-    else:
-        print_table(metrics)
-
-
-def _add_command(
-    name: str,
-    text: str,
-    work: Callable[[Experiment], None],
-    subject: ArgumentInfo = RECIPE,
-    open_subject: Callable[[str, Sequence[str], Settings], Experiment] = experiments.open_recipe,
-) -> None:
-    """Make a command of a function: all that start stages take the same options."""
-
-    @app.command(name=name, help=text)
-    def command(
-        given: Annotated[str, subject],
-        overrides: Overrides = None,
-        nproc: Processes = None,
-        force: Force = False,
-        dry_run: DryRun = False,
-        as_json: Json = False,
-        debug: Debug = False,
-    ) -> None:
-        settings = _settings(as_json, debug, force=force, dry_run=dry_run)
-        group = [f"distributed.processes={nproc}"] if nproc is not None else []
-        work(open_subject(given, [*(overrides or ()), *group], settings))
-
-
-_add_command("run", "Run every stage that is not up to date; then the report.", _run)
-for _stage, _text in _STAGES.items():
-    _add_command(_stage, _text, partial(_run_stage, _stage))
-_add_command(
-    "eval",
-    "Measure every finished model of a run on held-out data.",
-    _evaluate,
-    RUN,
-    experiments.open_run,
-)
+add_commands(app)
 
 
 @app.command()
@@ -196,7 +97,7 @@ def plan(
     from launch.plan import plan_experiment  # nothing else needs it
     from launch.plan_print import print_plan
 
-    experiment = experiments.open_recipe(recipe, overrides or (), _settings(as_json, debug))
+    experiment = experiments.open_recipe(recipe, overrides or (), read_settings(as_json, debug))
     result = plan_experiment(experiment, memory, gpus, card, calibrate=calibrate, on_cpu=cpu)
     if as_json:
         print_json(result)
@@ -208,7 +109,7 @@ def plan(
 @app.command()
 def report(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
     """Write a run's report: one self-contained HTML page."""
-    settings = _settings(as_json, debug)
+    settings = read_settings(as_json, debug)
     path = experiments.write_report(experiments.open_run(run, (), settings))
     if as_json:
         print_json({"report": str(path)})
@@ -232,7 +133,7 @@ def export(
     mean KL in nats per token (default 0.01), or of a reward model the mean difference of scores
     (0.1). Weights are bfloat16, a reward model's float32, unless --dtype says otherwise.
     """
-    experiment = experiments.open_run(run, (), _settings(as_json, debug))
+    experiment = experiments.open_run(run, (), read_settings(as_json, debug))
     folder, facts = experiments.export(experiment, stage, out, dtype, max_drift)
     if as_json:
         print_json({"export": str(folder)} | facts)
@@ -243,7 +144,7 @@ def verify(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
     """Check a run against its hashes; exit 1 if one differs."""
     folder = Path(run)
     if not folder.is_dir():
-        folder = experiments.open_run(run, (), _settings(as_json, debug)).directory
+        folder = experiments.open_run(run, (), read_settings(as_json, debug)).directory
     checks, beside = verify_run(folder)
     wrong = any(check.problems for check in (*checks.values(), beside))
     if as_json:
@@ -273,7 +174,7 @@ def reproduce(
     """
     from launch.reproduce import compare_runs, open_repetition, print_comparison
 
-    folder, again, stages = open_repetition(run, into, _settings(as_json, debug))
+    folder, again, stages = open_repetition(run, into, read_settings(as_json, debug))
     experiments.run_stages(again, stages)
     found = compare_runs(folder, again.directory, stages)
     equal = all(stage.equal for stage in found.values())
@@ -337,15 +238,6 @@ for _name in _PLANNED:
     _refuse_planned(_name)
 
 
-def _settings(
-    as_json: bool, debug: bool, *, force: bool = False, dry_run: bool = False
-) -> Settings:
-    def say(text: str) -> None:
-        print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
-
-    return Settings(force, dry_run, debug, as_json, say)
-
-
 def _fail(error: AlignError | OSError) -> NoReturn:
     """Print the error for a user, or for a developer with --debug, and end the process."""
     if "--debug" in sys.argv:
@@ -356,19 +248,3 @@ def _fail(error: AlignError | OSError) -> NoReturn:
     for line in text.splitlines():
         print(f"error: {printable(line)}", file=sys.stderr)
     sys.exit(error.exit_code if isinstance(error, AlignError) else 1)
-
-
-def _show_plan(experiment: Experiment, stages: tuple[StageName, ...]) -> None:
-    plan = experiments.plan(experiment, stages)
-    if experiment.settings.json:
-        print_json({"run": str(experiment.directory), "stages": plan})
-        return
-    for stage, facts in plan.items():
-        why = f" ({facts['why']})" if facts["why"] else ""
-        print(f"{stage}: {facts['state']}{why}\n  {facts['command']}")
-        if "deepspeed" in facts:
-            print(f"  DeepSpeed: {json.dumps(facts['deepspeed'])}")
-
-
-def _summary(experiment: Experiment) -> dict[str, Any]:
-    return {"run": str(experiment.directory), "stages": experiment.results}

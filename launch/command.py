@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align.recipe import StageName
+from launch.nodes import Nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +68,15 @@ def stage_command(
     *,
     force: bool = False,
     processes: int | None = None,
+    nodes: Nodes | None = None,
     debug: bool = False,
     spare_memory: bool = False,
 ) -> Command:
     """Return the process that makes one stage, or that starts the group of those that do.
 
     Args:
-        processes: of the group; None: the stage runs in one that is alone.
+        processes: of the group, on each node; None: the stage runs in one that is alone.
+        nodes: that have processes of the group; None: this one alone.
         spare_memory: rather than time.
     """
     flags = ["--force"] * force + ["--debug"] * debug
@@ -81,7 +84,8 @@ def stage_command(
     if processes is None:
         command = python.module("pipelines.stage", arguments)
     else:
-        command = python.module("pipelines.several", [str(processes), *arguments])
+        places = nodes.options() if nodes is not None else []
+        command = python.module("pipelines.several", [*places, str(processes), *arguments])
     settings = RETURN_MEMORY if spare_memory else KEEP_MEMORY
     memory = {name: value for name, value in settings.items() if name not in python.environ}
     return Command(command.argv, command.env | memory)

@@ -30,7 +30,6 @@ from align.stages import (
     stage_directory,
     why_not_done,
 )
-from align.zero import WITHOUT_ZERO, deepspeed_settings
 from launch import processes
 from launch.command import (
     Command,
@@ -40,6 +39,7 @@ from launch.command import (
     report_command,
     stage_command,
 )
+from launch.nodes import Nodes, processes_on_each
 from launch.packages import ROOT
 from launch.sums import add_sums, drop_sums, put_back_sums, read_sums
 
@@ -67,6 +67,7 @@ class Settings:
     debug: bool = False
     json: bool = False
     say: Callable[[str], None] = print
+    nodes: Nodes | None = None  # machines that make a stage together; None: this one alone
 
 
 @dataclass
@@ -89,15 +90,23 @@ class Experiment:
         """Whether a stage has run; False while all were up to date."""
         return any(result["status"] == "done" for result in self.results.values())
 
-    def command(self, stage: StageName) -> Command:
-        """Return the process that makes the stage."""
+    def command(self, stage: StageName, nodes: Nodes | None = None) -> Command:
+        """Return the process that makes the stage, or its part of it on one of several nodes.
+
+        Raises:
+            InputError: the nodes cannot share the processes equally.
+        """
+        processes = group_size(self.recipe, stage)
+        if processes is not None and nodes is not None:
+            processes = processes_on_each(processes, nodes.count)
         return stage_command(
             _python(),
             stage,
             self.file,
             self.overrides,
             force=self.settings.force,
-            processes=group_size(self.recipe, stage),
+            processes=processes,
+            nodes=nodes,
             debug=self.settings.debug,
             spare_memory=self.recipe.base.gradient_checkpointing,
         )
@@ -208,7 +217,7 @@ def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
     with contextlib.ExitStack() as until_the_end:
         for number, stage in enumerate(stages):
             # Asked only now: a stage is stale as soon as the one before it was redone.
-            why = _why(experiment, stage)
+            why = why_to_run(experiment, stage)
             seconds = 0.0
             if why is None:
                 # Of a process that was killed at its very end.
@@ -223,7 +232,7 @@ def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
                 dropped = drop_sums(experiment.directory, [stage, RECIPE])
                 settings.say(f"{stage}: running ({why})")
                 started = time.monotonic()
-                command = experiment.command(stage)
+                command = experiment.command(stage, settings.nodes)
                 command = replace(command, env=command.env | held)
                 try:
                     _start(command, sys.stderr if settings.json else None)
@@ -242,6 +251,23 @@ def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
                 "seconds": round(seconds, 3),
                 "metrics": manifest.metrics,
             }
+
+
+def help_with(experiment: Experiment, stage: StageName) -> None:
+    """Run this machine's processes of a stage that node 0 makes: what is written, is by node 0.
+
+    Raises:
+        ChildError: it has failed, here or elsewhere.
+    """
+    settings = experiment.settings
+    why = why_to_run(experiment, stage)
+    if why is None:
+        settings.say(f"{stage}: up to date")
+        return
+    assert settings.nodes is not None
+    settings.say(f"{stage}: running as node {settings.nodes.rank} ({why})")
+    _start(experiment.command(stage, settings.nodes), sys.stderr if settings.json else None)
+    settings.say(f"{stage}: this node's part is done; node 0 writes the result")
 
 
 def _add_sums(run: Path, stage: StageName) -> None:
@@ -305,34 +331,12 @@ def export(
     return folder, facts
 
 
-def plan(experiment: Experiment, stages: Sequence[StageName]) -> dict[StageName, dict[str, Any]]:
-    """Say for each stage whether it would run, why, and as which process; nothing is started."""
-    result: dict[StageName, dict[str, Any]] = {}
-    would_run: set[StageName] = set()
-    for stage in stages:
-        first = [name for name in parent_stages(experiment.recipe, stage) if name in would_run]
-        if first:
-            parents = "parent {} runs" if len(first) == 1 else "parents {} run"
-            why: str | None = f"its {parents.format(' and '.join(first))} before it"
-        else:
-            why = _why(experiment, stage)
-        if why is not None:
-            would_run.add(stage)
-        command = experiment.command(stage)
-        result[stage] = {
-            "state": "up to date" if why is None else "would run",
-            "why": why,
-            "env": command.env,
-            "argv": list(command.argv),
-            "command": command.shell_line(),
-        }
-        if experiment.recipe.distributed.zero and stage not in WITHOUT_ZERO:
-            section = getattr(experiment.recipe, stage)
-            result[stage]["deepspeed"] = deepspeed_settings(experiment.recipe.distributed, section)
-    return result
+def why_to_run(experiment: Experiment, stage: StageName) -> str | None:
+    """Return why a stage has to run, or None if it is up to date.
 
-
-def _why(experiment: Experiment, stage: StageName) -> str | None:
+    Raises:
+        InputError: what it makes could not be written.
+    """
     why = "--force" if experiment.settings.force else why_not_done(experiment.recipe, stage)
     if why is not None:
         _check_place(stage_directory(experiment.recipe, stage))

@@ -73,6 +73,7 @@ class Checkpoints:
         self.found = found
         self._last_step = found.facts.step if found is not None else 0
         self._last_time = time.monotonic()
+        self._last_one = False  # whether a signal ends all after the next
         self._cost = 0.0  # seconds that writing the last one took
 
     def boundary(self, step: int, fill: Callable[[Path], None]) -> None:
@@ -92,6 +93,7 @@ class Checkpoints:
         """Whether the boundary after ``step`` is one to write a checkpoint at, or to end at."""
         asked, due = zip(*group.gather((self._signals.asked, self._is_time(step))), strict=True)
         self._signals.asked = max(asked)  # what has reached one process is meant for all
+        self._last_one = bool(self._signals.asked)
         return bool(self._signals.asked) or any(due)
 
     def _is_time(self, step: int) -> bool:
@@ -130,4 +132,6 @@ class Checkpoints:
                 ) from error
             self._last_step, self._last_time = step, time.monotonic()
             self._cost = self._last_time - started
+        if self._last_one:  # the first to end would be the end of those that are still writing
+            group.wait()
         self._signals.end_if_asked()
