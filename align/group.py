@@ -7,7 +7,9 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from align.errors import InputError
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_SECONDS_TO_ANSWER = 5.0  # between the first that has waited in vain and the last, if both do
 
 
 def rank() -> int:
@@ -35,11 +38,12 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def join(*, deepspeed: bool) -> None:
+def join(*, deepspeed: bool, timeout: float) -> None:
     """Meet the others, and take a GPU of one's own. To be called once, before any model is loaded.
 
     Args:
         deepspeed: it will train.
+        timeout: seconds that each waits for the others, whenever it does.
 
     Raises:
         InputError: there are more processes than GPUs.
@@ -56,7 +60,12 @@ def join(*, deepspeed: bool) -> None:
 
         # On a CPU it would be compiled whenever a group is made; gloo does without it.
         operations["deepspeed_shm_comm"] = False
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    limit = timedelta(seconds=timeout)
+    # Also that of the groups that DeepSpeed makes for itself: nccl's own, 10 minutes, is too short.
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(torch.distributed.distributed_c10d, name, limit)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, timeout=limit)
 
 
 def _own_gpu(gpus: int) -> int:
@@ -86,6 +95,23 @@ def wait() -> None:
         import torch
 
         torch.distributed.barrier()
+
+
+def silent() -> list[int]:
+    """Return the processes that do not wait in vain themselves: those that hang.
+
+    To be asked after a wait has timed out. Takes some seconds, in which the others ask, too.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:  # torchrun's, which outlives the group
+        store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=_SECONDS_TO_ANSWER))
+        store.set(f"waited/{rank()}", "1")
+        time.sleep(_SECONDS_TO_ANSWER)
+        return [one for one in range(size()) if not store.check([f"waited/{one}"])]
+    except RuntimeError:
+        return []
 
 
 def part(rows: Sequence[int]) -> Sequence[int]:

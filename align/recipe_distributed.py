@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
-from align.recipe_types import Optimisation, Positive, Section, refuse
+from align.recipe_types import Optimisation, Positive, PositiveFloat, Section, refuse
 
 if TYPE_CHECKING:
     from align.recipe import Recipe
@@ -25,6 +25,9 @@ class Distributed(Section):
     zero: Zero = 0
     # What lies in main memory: the optimiser's states, or the weights as well (with zero=3).
     offload: Offload = "none"
+    # How long a process waits for the others before it takes one of them for hanging. The first
+    # scores, measures and saves for all: it has to be longer than that takes.
+    timeout_minutes: PositiveFloat = 30.0
 
     @model_validator(mode="after")
     def _check(self) -> "Distributed":

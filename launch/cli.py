@@ -21,6 +21,7 @@ from launch.packages import check_packages
 from launch.processes import Stopped, catch_signals
 from launch.recipes import Json, recipes
 from launch.running import add_commands
+from launch.slurm import app as launch
 from launch.tables import print_json, readable
 from launch.verify import print_check, verify_run
 
@@ -33,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(recipes, name="recipes", invoke_without_command=True)
+app.add_typer(launch, name="launch", no_args_is_help=True)
 
 Exported = Literal["sft", "reward", "ppo"]
 Dtype = Literal["float32", "bfloat16"]

@@ -100,7 +100,7 @@ class Experiment:
         if processes is not None and nodes is not None:
             processes = processes_on_each(processes, nodes.count)
         return stage_command(
-            _python(),
+            python(),
             stage,
             self.file,
             self.overrides,
@@ -283,7 +283,7 @@ def write_report(experiment: Experiment) -> Path:
         ChildError: it could not be written.
     """
     # It prints the path, which is for the caller to say.
-    command = report_command(_python(), experiment.directory, debug=experiment.settings.debug)
+    command = report_command(python(), experiment.directory, debug=experiment.settings.debug)
     _start(command, subprocess.DEVNULL)
     add_sums(experiment.directory, [REPORT])
     return experiment.directory / REPORT
@@ -314,7 +314,7 @@ def export(
     settings = experiment.settings
     folder = out or experiment.directory / "export" / stage
     command = export_command(
-        _python(),
+        python(),
         stage,
         experiment.file,
         experiment.overrides,
@@ -370,7 +370,7 @@ def _check_inputs(experiment: Experiment, stages: Sequence[StageName]) -> None:
         read_reward_models(recipe, stage)
     if len(stages) > 1:  # a single one judges its own rows
         command = check_data_command(
-            _python(), stages, experiment.file, experiment.overrides, debug=settings.debug
+            python(), stages, experiment.file, experiment.overrides, debug=settings.debug
         )
         _start(command, sys.stderr if settings.json else None)
 
@@ -382,5 +382,6 @@ def _start(command: Command, stdout: int | TextIO | None) -> None:
         raise ChildError(code)
 
 
-def _python() -> Python:
+def python() -> Python:
+    """Return how modules of ours are started."""
     return Python(sys.executable, ROOT, os.environ)

@@ -72,6 +72,7 @@ class Checkpoints:
         self._zero = zero
         self.found = found
         self._last_step = found.facts.step if found is not None else 0
+        self.reached = self._last_step  # the last step that was made
         self._last_time = time.monotonic()
         self._last_one = False  # whether a signal ends all after the next
         self._cost = 0.0  # seconds that writing the last one took
@@ -91,6 +92,7 @@ class Checkpoints:
 
     def due(self, step: int) -> bool:
         """Whether the boundary after ``step`` is one to write a checkpoint at, or to end at."""
+        self.reached = step
         asked, due = zip(*group.gather((self._signals.asked, self._is_time(step))), strict=True)
         self._signals.asked = max(asked)  # what has reached one process is meant for all
         self._last_one = bool(self._signals.asked)

@@ -25,7 +25,7 @@ import psutil
 from align.errors import AlignError
 from pipelines.meeting import Meeting, Place, meet
 
-_SECONDS_TO_END = 15  # that the others have when one has failed
+_SECONDS_TO_END = 10  # that the others have when one has failed
 
 
 def main(arguments: list[str]) -> int:
@@ -81,11 +81,13 @@ def _pass_on(signum: int, frame: FrameType | None) -> None:
 
 
 def _run(processes: int, work: list[str], meeting: Meeting | None = None) -> int:
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Where a process has failed, torchrun does not go by its own shutdown_timeout.
+    PContext.close.__defaults__ = (None, _SECONDS_TO_END)
     nodes = meeting.place.nodes if meeting is not None else 1
     with tempfile.TemporaryDirectory() as logs:
         settings = LaunchConfig(
@@ -133,6 +135,8 @@ def _explain(stage: str, rank: int, code: int, meeting: Meeting | None) -> int:
         how = f"was killed by {signal.Signals(-code).name}"
         if -code == signal.SIGKILL:
             how += "; the machine may be out of memory"
+        if -code == signal.SIGABRT:  # as NCCL's watchdog does
+            how += "; it may have waited for one that hangs (distributed.timeout_minutes)"
     reason = f"rank {rank} {how}"
     if meeting is not None:
         meeting.fail(reason)

@@ -11,10 +11,8 @@ and the others end with None for a result when training has ended.
 
 import argparse
 import contextlib
-import errno
 import importlib
 import json
-import os
 import sys
 import traceback
 from collections import Counter
@@ -28,7 +26,7 @@ from rich.console import Console
 from align import group, stages
 from align import manifest as manifests
 from align.checkpoints import Checkpoint, continue_folder, remove_checkpoints
-from align.errors import AlignError, DataError, InputError, ParentError, stopped_by
+from align.errors import DataError, InputError, ParentError, stopped_by
 from align.inputs import named_sha256
 from align.lock import locked
 from align.manifest import BaseFacts, ClassifierFacts, Manifest
@@ -38,6 +36,7 @@ from align.recipe_io import dump_recipe, load_recipe
 from align.tracking import RunTracker, start_tracker
 from data.load import LoadedData, load_records
 from pipelines.checkpointing import Checkpoints, find_for_all
+from pipelines.last_words import tell
 from pipelines.process import (
     Signals,
     Stopped,
@@ -122,6 +121,11 @@ class StageJob:
         _ = self.log
         assert self._checkpoints is not None
         return self._checkpoints
+
+    @property
+    def reached(self) -> int | None:
+        """The last step that this process has made in training; None: it has not begun."""
+        return self._checkpoints.reached if self._checkpoints is not None else None
 
     def _begin(self) -> MetricsLog:
         group.wait()  # until all have checked what is about to be removed
@@ -262,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             if options.debug:
                 traceback.print_exc()
-            code = _tell(options.stage, error)
+            code = tell(options.stage, error, job.reached if job is not None else None)
         finally:
             if job is not None:
                 job.close(code)
@@ -273,18 +277,6 @@ def _alone(recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
     """Hold the run directory; of a group, the first process does."""
     first = group.is_first()
     return locked(stages.run_directory(recipe)) if first else contextlib.nullcontext()
-
-
-def _tell(stage: str, error: Exception) -> int:
-    """Say what has gone wrong, and in which process; return the exit code.
-
-    What is wrong with the input all of a group find; the first says it.
-    """
-    code = error.exit_code if isinstance(error, AlignError) else 1
-    if code != 2 or group.is_first():
-        who = f"{stage}: rank {group.rank()}" if group.size() > 1 and code != 2 else stage
-        show(Console(stderr=True), f"{who}: {_message(error)}")
-    return code
 
 
 def _prepare(options: argparse.Namespace, console: Console, signals: Signals) -> StageJob | None:
@@ -337,7 +329,8 @@ def _run(job: StageJob) -> None:
     share_processors()
     quiet_libraries()
     seed_generators(job.recipe)
-    group.join(deepspeed=job.recipe.distributed.zero > 0)
+    chosen = job.recipe.distributed
+    group.join(deepspeed=chosen.zero > 0, timeout=60 * chosen.timeout_minutes)
     module = importlib.import_module(_MODULES[job.stage])
     result: StageResult | None = module.run(job)
     if result is None:
@@ -360,15 +353,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--force", action="store_true", help="make the stage from nothing")
     parser.add_argument("--debug", action="store_true", help="show stack traces")
     return parser
-
-
-def _message(error: Exception) -> str:
-    text = str(error)
-    if not isinstance(error, AlignError):
-        text = f"{type(error).__name__}: {error} (--debug shows where)"
-    if os.strerror(errno.ENOSPC) in text:  # safetensors has an error of its own for it
-        text += ". Free some space; the same command goes on from the last checkpoint"
-    return text
 
 
 def _summary(stage: str, name: str, loaded: LoadedData) -> str:

@@ -391,9 +391,9 @@ def test_with_plain_transformers_the_batches_of_sampling_decide_its_result(done:
     ids=["metrics", "model", "checkpoint"],
 )
 def test_a_full_disk_is_told_with_what_to_do(error, capsys):
-    from pipelines.stage import _tell
+    from pipelines.last_words import tell
 
-    assert _tell("sft", error) == 1
+    assert tell("sft", error) == 1
     said = capsys.readouterr().err
     assert str(error) in said
     assert said.endswith("Free some space; the same command goes on from the last checkpoint\n")

@@ -11,8 +11,8 @@ from align.errors import TrainingError, printable_lines
 from align.metrics import MetricsLog
 from launch.tables import print_table
 from launch.verify import verify_run
+from pipelines.last_words import tell
 from pipelines.process import exit_code
-from pipelines.stage import _tell
 from tests.finished import placeholder
 
 # Clears the screen, sets the window's title, moves the cursor by one byte, and turns text around.
@@ -37,7 +37,7 @@ def test_notes_of_a_stage() -> None:
 
 @pytest.mark.parametrize("error", [TrainingError(HOSTILE), ValueError(HOSTILE)])
 def test_what_ended_a_stage(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _tell("ppo", error) == 1
+    assert tell("ppo", error) == 1
     assert harmless(capsys.readouterr().err)
 
 
