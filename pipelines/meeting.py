@@ -42,7 +42,8 @@ class Place:
 
     def __str__(self) -> str:
         """Return the address, as the command takes it."""
-        return f"{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
 
 
 @dataclass

@@ -52,6 +52,9 @@ def main(arguments: list[str]) -> int:
     meeting.watch()
     try:
         return _run(options.processes, options.work, meeting)
+    except BaseException:  # a signal, before there were processes to pass it on to
+        meeting.fail("has stopped")
+        raise
     finally:
         meeting.leave()
 

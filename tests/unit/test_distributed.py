@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from align.errors import RecipeError
+from align import group
+from align.errors import InputError, RecipeError
 from align.plan import plan_recipe
 from align.plan_model import read_shape
 from align.published import CONFIGS
@@ -210,3 +211,24 @@ def test_where_nothing_helps_the_plan_says_what_stays(capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     assert "none of the changes that plan knows makes it fit: take a smaller base" in said
     assert f"{least['stage']} still needs " in said
+
+
+@pytest.mark.parametrize(
+    ("environ", "gpus", "own"),
+    [
+        ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 2, 1),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 8, 1),
+        ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 1, "of whi"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 1, "here: "),
+    ],
+)
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(
+    environ: dict[str, str], gpus: int, own: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(own, str):
+        with pytest.raises(InputError, match=rf"{own}.*each needs a GPU of its own, .* are 1$"):
+            group._own_gpu(gpus)
+    else:
+        assert group._own_gpu(gpus) == own
