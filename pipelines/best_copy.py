@@ -52,9 +52,10 @@ class HeldoutLooks(TrainerCallback):
     Args:
         section: says how often, and whether the best or the last weights are kept.
         parameters: that are trained.
-        metric: what is measured, for the log: ``loss``, of which the lowest is the best, or
+        metric: by which the best is chosen: ``loss``, of which the lowest is the best, or
             ``accuracy``.
-        measure: returns it; draws no random numbers, so that training is the same without it.
+        measure: returns it, and what else the log should have; draws no random numbers, so that
+            training is the same without it.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class HeldoutLooks(TrainerCallback):
         log: MetricsLog,
         parameters: Sequence[nn.Parameter],
         metric: Literal["loss", "accuracy"],
-        measure: Callable[[], float],
+        measure: Callable[[], dict[str, float]],
     ) -> None:
         self._every, self._log = section.heldout_every, log
         self._key, self._sign = f"heldout/{metric}", -1.0 if metric == "loss" else 1.0
@@ -87,10 +88,10 @@ class HeldoutLooks(TrainerCallback):
             return
         step = state.global_step
         if step % self._every == 0 or step >= state.max_steps:
-            value = self._measure()
-            self._log.log(step, {self._key: value})
+            found = {f"heldout/{name}": value for name, value in self._measure().items()}
+            self._log.log(step, found)
             if self._best is not None:
-                self._best.offer(step, self._sign * value)
+                self._best.offer(step, self._sign * found[self._key])
 
     def settle(self) -> None:
         """Put the weights to keep into the parameters."""

@@ -96,10 +96,11 @@ def check_classes(
         note(f"reward  data.reward.train has no row of {', '.join(unseen)}: never learned")
 
 
-def classifier_accuracy(score: Score, rows: Sequence[LabelledTokens]) -> float:
-    """Return the share of rows that a classifier gets right."""
+def look_at_classifier(score: Score, rows: Sequence[LabelledTokens]) -> dict[str, float]:
+    """Return the ``loss`` of rows, in nats, and the ``accuracy``: the share that is right."""
     logits, labels = _logits(score, rows)
-    return class_outcomes(logits, labels).mean().item()
+    right = class_outcomes(logits, labels).mean().item()
+    return {"loss": class_loss(logits, labels).item(), "accuracy": right}
 
 
 def measure_classifier(
@@ -116,7 +117,8 @@ def measure_classifier(
     Args:
         note: is told what could not be measured.
     """
-    metrics = {"accuracy/train": classifier_accuracy(score, train[:TRAIN_ACCURACY_ROWS])}
+    learned = look_at_classifier(score, train[:TRAIN_ACCURACY_ROWS])
+    metrics = {"accuracy/train": learned["accuracy"]}
     if not heldout:
         return metrics
     logits, labels = _logits(score, heldout)

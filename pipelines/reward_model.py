@@ -324,14 +324,14 @@ def _try_longest(
 
 
 def _looks(job: StageJob, task: Task, model: AnyReward, tokens: Tokenized) -> HeldoutLooks:
-    """Return the looks at the accuracy on held-out rows."""
+    """Return the looks at the loss and the accuracy on held-out rows."""
     section = job.recipe.reward
     assert section is not None
     score = _scorer(model, _scoring_batch(section), tokens.pad_id)
 
-    def measure() -> float:
+    def measure() -> dict[str, float]:
         model.eval()
-        return task.accuracy(score, tokens.heldout)
+        return task.look(score, tokens.heldout)
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     return HeldoutLooks(section, job.log, parameters, "accuracy", measure)

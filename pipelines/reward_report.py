@@ -73,17 +73,18 @@ def measure(
     return metrics | _probe_wins(score, heldout, scores, max_response_tokens)
 
 
-def accuracy(score: Score, rankings: Sequence[RankedTokens]) -> float:
-    """Return the share of the rankings' pairs that a reward model orders as they do.
+def quick_look(score: Score, rankings: Sequence[RankedTokens]) -> dict[str, float]:
+    """Return the rankings' ``loss``, in nats a pair, and the ``accuracy`` on their pairs.
+
+    Overfitting is seen in the loss first: the accuracy does not know how sure a mistake was.
 
     Raises:
         InputError: they hold ties only.
     """
-    scores, groups, targets, _ = _flat(score, rankings)
-    outcomes, _ = pair_outcomes(scores, groups, targets)
-    if not len(outcomes):
+    found = ranking_metrics(*_flat(score, rankings))
+    if not found:
         raise InputError("data.reward.heldout: holds ties only; reward.heldout_every needs pairs")
-    return outcomes.double().mean().item()
+    return {key: found[key] for key in ("loss", "accuracy")}
 
 
 def _flat(score: Score, rankings: Sequence[RankedTokens]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

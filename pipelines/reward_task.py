@@ -12,15 +12,15 @@ from data.records import Labelled, Ranking, Record
 from data.render import Renderer
 from pipelines.labelled_tokens import (
     check_classes,
-    classifier_accuracy,
     classifier_loss,
     collate_labelled,
     labelled_tokens,
+    look_at_classifier,
     measure_classifier,
 )
 from pipelines.ranked_tokens import Batch, collate, ranked_tokens
 from pipelines.reward_loss import check_columns, margin_of, reward_loss
-from pipelines.reward_report import Score, accuracy, measure
+from pipelines.reward_report import Score, measure, quick_look
 from reward.classes import class_outcomes
 from reward.ranking import count_rankings, pair_outcomes
 
@@ -41,7 +41,7 @@ class Task:
             of the whole step, if there are more; also returns the scores.
         count: how many rows of a batch are learned from, a scalar.
         outcomes: of the scores of a batch, 1 where they are right, 0 where wrong; flat.
-        accuracy: by a scorer, on held-out rows.
+        look: the loss and the accuracy of a scorer on held-out rows, while the model is trained.
         measure: the metrics of a trained model on training and held-out rows.
     """
 
@@ -51,7 +51,7 @@ class Task:
     loss: Callable[[nn.Module, Batch, nn.Module | None, int | Tensor | None], tuple[Tensor, Tensor]]
     count: Callable[[Batch], Tensor]
     outcomes: Callable[[Tensor, Batch], Tensor]
-    accuracy: Callable[[Score, Rows], float]
+    look: Callable[[Score, Rows], dict[str, float]]
     measure: Callable[[Score, Rows, Rows, int, Note], dict[str, float]]
 
 
@@ -74,7 +74,7 @@ def _rankings(section: Reward) -> Task:
         ),
         count=lambda batch: count_rankings(batch["groups"], batch["targets"]),
         outcomes=lambda scores, batch: pair_outcomes(scores, batch["groups"], batch["targets"])[0],
-        accuracy=accuracy,
+        look=quick_look,
         measure=lambda score, train, heldout, longest, note: measure(
             score, train, heldout, max_response_tokens=longest, note=note
         ),
@@ -93,7 +93,7 @@ def _classes(section: Reward) -> Task:
         loss=lambda model, batch, lm_head, count: classifier_loss(section, model, batch, count),
         count=lambda batch: (batch["labels"] >= 0).sum(),
         outcomes=lambda logits, batch: class_outcomes(logits, batch["labels"]),
-        accuracy=classifier_accuracy,
+        look=look_at_classifier,
         measure=lambda score, train, heldout, longest, note: measure_classifier(
             section, score, train, heldout, note
         ),

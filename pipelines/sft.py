@@ -134,9 +134,9 @@ def _looks(
     """Return the looks at the held-out loss, in the attention that ``base`` has now."""
     attention = base.config._attn_implementation
 
-    def measure() -> float:
+    def measure() -> dict[str, float]:
         with attention_set(base, attention):  # that of packs knows no other batches
-            return _heldout_loss(model, section, heldout, tokenizer)
+            return {"loss": _heldout_loss(model, section, heldout, tokenizer)}
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     return HeldoutLooks(section, job.log, parameters, "loss", measure)

@@ -64,6 +64,9 @@ def test_the_best_weights_are_kept(server: Server, stage: str) -> None:
     kept_last = made(server, stage, *settings)
     assert looks(server.folder(stage), metric) == seen
     assert kept_last["metrics"][metric] == pytest.approx(seen[last], abs=1e-12)
+    # A reward model's looks measure its loss as well, in which overfitting shows first.
+    losses = looks(server.folder(stage), "loss")
+    assert kept_last["metrics"]["loss"] == pytest.approx(losses[last], abs=1e-6)
     assert "best_step" not in kept_last["metrics"]
     # To look changes nothing.
     without = made(server, stage, settings[0], settings[2])

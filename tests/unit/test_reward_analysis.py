@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from align.errors import InputError
 from data.records import Message, Ranking
 from pipelines.ranked_tokens import RankedTokens
-from pipelines.reward_report import measure, probe_response
+from pipelines.reward_report import measure, probe_response, quick_look
 from reward.analysis import (
     accuracy_by,
     calibration_metrics,
@@ -120,6 +121,21 @@ def test_a_model_that_follows_quality_is_not_accused() -> None:
     metrics = planted(length=0.0, quality=1.0)
     assert metrics["accuracy"] == 1.0
     assert [text for text in warnings(metrics) if "length bias" in text] == []
+
+
+def test_a_quick_look_is_the_mean_over_rankings_of_their_pairs() -> None:
+    # Scored 3, 1 and 2 where the order is the first, the second, the third: differences 2, 1, -1.
+    three = RankedTokens([5], ([3], [1], [2]), Ranking(HI, ("a", "b", "c"), (2.0, 1.0, 0.0)))
+    one = RankedTokens([5], ([4], [4]), Ranking(HI, ("a", "b"), (0.0, 1.0)))
+    found = quick_look(lambda rows: torch.tensor([float(a[0]) for _, a in rows]), [three, one])
+    of_three = sum(math.log1p(math.exp(-d)) for d in (2, 1, -1)) / 3
+    assert found == {
+        "loss": pytest.approx((of_three + math.log(2)) / 2),
+        "accuracy": pytest.approx((2 + 0.5) / 4),
+    }
+    ties = RankedTokens([5], ([4], [3]), Ranking(HI, ("a", "b"), (1.0, 1.0)))
+    with pytest.raises(InputError, match="ties only"):
+        quick_look(lambda rows: torch.zeros(len(rows)), [ties])
 
 
 def test_probes_are_built_from_the_best_answer() -> None:
