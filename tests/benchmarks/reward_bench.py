@@ -43,6 +43,7 @@ class Bench:
     overrides: tuple[str, ...]  # of the recipes, for all that is run
     parents: Path | None = None  # a finished run with pretrain and sft; None: made here
     data: Path | None = None  # the folder with the published files
+    models: tuple[str, ...] = ()  # of the published pairs
     encoder: Path | None = None  # a folder with an encoder
 
     def settings(self, name: str, seed: int) -> list[str]:

@@ -1,19 +1,30 @@
 """Reward models on Anthropic's helpful and harmless pairs, beside length and words alone.
 
-A decoder and an encoder from scratch, by the recipes ``hh-rlhf/small`` and ``hh-rlhf/encoder``, and
-an encoder from a folder: one model for each kind of pair. Each is compared with two rules on the
-test pairs that it can read, by a paired bootstrap over them.
+    python -m tests.benchmarks.reward_quality hh --data DATA --models decoder encoder
+    python -m tests.benchmarks.reward_quality hh --data DATA --models given --encoder MINILM
+    python -m tests.benchmarks.reward_hh runs/hh-rlhf-small
+
+The first two train: a decoder and an encoder from scratch, by the recipes ``hh-rlhf/small`` and
+``hh-rlhf/encoder``, or an encoder from a folder, one model for each kind of pair. The last takes
+finished runs, seeds of the same recipe. Each model is compared with two rules on the held-out pairs
+that it can read, by a paired bootstrap over them.
 """
 
+import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
+import torch
+
+from align.recipe_io import load_recipe
 from data.load import load_records
 from data.records import Ranking
 from reward.baseline import TextPair, bag_of_words_outcomes
-from tests.benchmarks.reward_bench import Bench, Scored, Trained, score_heldout
-from tests.benchmarks.reward_rows import Difference, Result, paired_bootstrap
+from tests.benchmarks.reward_bench import Bench, Scored, Trained, read_trained, score_heldout
+from tests.benchmarks.reward_rows import Difference, Result, paired_bootstrap, table
 
 DECODER, ENCODER = "hh-rlhf/small", "hh-rlhf/encoder"
 FILES = {"helpful": ("train", "test"), "harmless": ("harmless_train", "harmless_test")}
@@ -23,37 +34,42 @@ FINE_TUNING = [
 
 
 def hh(bench: Bench) -> list[Result]:
-    """Train every model on every kind of pair; compare it with the rules on its test pairs."""
+    """Train the models on each kind of pair; compare them with the rules on its test pairs."""
     if bench.data is None:
         sys.exit("hh needs --data, the folder that holds hh_rlhf/, sft/ and text/")
     root = f"data.root={json.dumps(str(bench.data))}"
-    models = {
-        "decoder": (DECODER, bench.make_parents(DECODER, "hh", [root], finished=bench.parents)),
-        "encoder": (
-            ENCODER,
-            bench.make_parents(ENCODER, "hh-encoder", [root], stages=["pretrain"]),
-        ),
-    }
-    if bench.encoder is not None:
-        given = [f"reward.base.id={json.dumps(str(bench.encoder))}", *FINE_TUNING]
-        models["given encoder"] = (ENCODER, given)
     found = []
-    for name, (recipe, changes) in models.items():
+    for name in bench.models:
+        recipe, start = _start(bench, name, root)
         for kind, files in FILES.items():
             train, test = (
                 json.dumps({"path": f"hh_rlhf/{file}.jsonl.gz", "shape": "transcript_pairs"})
                 for file in files
             )
-            data = [root, f"data.reward.train=[{train}]", f"data.reward.heldout=[{test}]"]
+            changes = [root, f"data.reward.train=[{train}]", f"data.reward.heldout=[{test}]"]
             trained = [
-                bench.train(recipe, f"hh-{name.replace(' ', '-')}-{kind}", seed, [*changes, *data])
+                bench.train(recipe, f"hh-{name}-{kind}", seed, [*start, *changes])
                 for seed in bench.seeds
             ]
-            found += compare(bench, {"pairs": kind, "model": name}, trained)
+            found += compare(bench.seeds, {"pairs": kind, "model": name}, trained)
     return found
 
 
-def compare(bench: Bench, setting: dict[str, str], trained: list[Trained]) -> list[Result]:
+def _start(bench: Bench, model: str, root: str) -> tuple[str, list[str]]:
+    """Return a model's recipe, and the overrides that say what it starts from."""
+    if model == "decoder":
+        return DECODER, bench.make_parents(DECODER, "hh", [root], finished=bench.parents)
+    if model == "encoder":
+        own = bench.make_parents(ENCODER, "hh-encoder", [root], stages=["pretrain"])
+        return ENCODER, own
+    if bench.encoder is None:
+        sys.exit("--models given needs --encoder, a folder with an encoder and its tokenizer")
+    return ENCODER, [f"reward.base.id={json.dumps(str(bench.encoder))}", *FINE_TUNING]
+
+
+def compare(
+    seeds: Sequence[int], setting: dict[str, str], trained: Sequence[Trained]
+) -> list[Result]:
     """Return a result per seed; the setting has the rules' accuracy, and the gain on them."""
     scored = [score_heldout(one) for one in trained]
     outcomes = [one.outcomes(_targets(one)) for one in scored]
@@ -70,7 +86,7 @@ def compare(bench: Bench, setting: dict[str, str], trained: list[Trained]) -> li
         full[f"gain on {rule}"] = _written(paired_bootstrap(means, theirs))
     return [
         Result(full, seed, {"accuracy": accuracy})
-        for seed, accuracy in zip(bench.seeds, by_seed, strict=True)
+        for seed, accuracy in zip(seeds, by_seed, strict=True)
     ]
 
 
@@ -94,3 +110,25 @@ def _texts(rankings: list[Ranking]) -> list[TextPair]:
 
 def _written(gain: Difference) -> str:
     return f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
+
+
+def main() -> None:
+    """Compare the reward models of finished runs with the rules."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="finished runs with a reward stage")
+    parser.add_argument("--data", type=Path, help="data.root, if it is another now")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    moved = [f"data.root={json.dumps(str(options.data.resolve()))}"] if options.data else []
+    trained = []
+    for run in options.runs:
+        place = [f"name={run.name}", f"run.root={json.dumps(str(run.resolve().parent))}"]
+        trained.append(read_trained(load_recipe(run / "recipe.yaml", [*place, *moved])))
+    seeds = [one.recipe.seed for one in trained]
+    print(table(compare(seeds, {"runs": ", ".join(run.name for run in options.runs)}, trained)))
+
+
+if __name__ == "__main__":
+    main()

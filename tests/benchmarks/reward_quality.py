@@ -2,7 +2,7 @@
 
     export OMP_NUM_THREADS=1
     python -m tests.benchmarks.reward_quality comparisons --seeds 0,1,2 --json comparisons.json
-    python -m tests.benchmarks.reward_quality hh --data DATA --encoder MINILM
+    python -m tests.benchmarks.reward_quality hh --data DATA --models decoder
 
     comparisons   accuracy on held-out pairs after 250, 1,000, 4,000 and 16,000 comparisons
     size          three sizes of model, each with a base and an SFT model of its own
@@ -49,7 +49,7 @@ USUAL = 4_000  # comparisons, where an experiment varies something else
 NOISE = (0.0, 0.1, 0.2, 0.3)
 PLANTED = 0.5  # the share of rankings ordered by length
 SIZES = ((32, 2, 4), (64, 2, 4), (128, 3, 8))  # width, layers, heads; the last is the recipe's
-KWISE, KWISE_OF_EACH, KWISE_BATCH, EPOCHS = range(4, 10), 6, 3, 3
+KWISE, KWISE_OF_EACH, KWISE_BATCH, EPOCHS = range(4, 10), 12, 4, 3
 
 
 def comparisons(bench: Bench) -> list[Result]:
@@ -258,7 +258,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/reward_quality"))
     parser.add_argument("--parents", type=Path, help="a finished run with pretrain and sft")
     parser.add_argument("--data", type=Path, help="hh: the folder that holds hh_rlhf/")
-    parser.add_argument("--encoder", type=Path, help="hh: a folder with an encoder, to compare")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=("decoder", "encoder", "given"),
+        default=("decoder", "encoder"),
+        help="hh: which to train (default: %(default)s)",
+    )
+    parser.add_argument("--encoder", type=Path, help="hh: the folder of the encoder `given`")
     options = parser.parse_intermixed_args()
     torch.set_num_threads(1)  # before there are others: a forked process would have none of them
     quiet_libraries()
@@ -268,6 +275,7 @@ def main() -> None:
         tuple(options.overrides),
         options.parents and options.parents.resolve(),
         options.data and options.data.resolve(),
+        tuple(options.models),
         options.encoder and options.encoder.resolve(),
     )
     found = EXPERIMENTS[options.experiment](bench)
