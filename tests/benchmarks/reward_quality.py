@@ -120,10 +120,9 @@ def kwise(bench: Bench) -> list[Result]:
         ):
             changes = [
                 *parents,
-                *_world(seed, 1),
+                *_world(seed, 1, batch),
                 f"data.reward.train=[{_source(bench, f'kwise-{name}-{seed}', rows)}]",
                 f"data.reward.heldout=[{heldout}]",
-                f"reward.batch_size={batch}",
                 f"reward.epochs={EPOCHS}.0",
                 f"reward.heldout_every={steps}",
                 "reward.schedule=constant",
@@ -204,14 +203,14 @@ def _parents(bench: Bench) -> list[str]:
     return bench.make_parents(RECIPE, "miniature", finished=bench.parents)
 
 
-def _world(seed: int, rankings: int) -> list[str]:
+def _world(seed: int, rankings: int, batch: int = 8) -> list[str]:
     """Return what the reward stages share: less is held out than in the recipe, to be quicker."""
     return [
         f"data.world.seed={seed}",
         f"data.world.ranked_prompts={rankings}",
         f"data.world.heldout_rows={HELDOUT}",
         "data.world.demonstration_rows=512",  # the scores are centred on so many
-        "reward.batch_size=8",
+        f"reward.batch_size={batch}",
     ]
 
 
@@ -224,6 +223,7 @@ def _accuracies(trained: Trained) -> dict[str, float]:
     """Return what most experiments in the miniature world tell of a model."""
     return {
         "accuracy": trained.metrics["accuracy"],
+        "words alone": trained.metrics["accuracy/bag_of_words"],
         "as gold": gold_agreement(trained),
         "NLL": trained.metrics["loss"],
         "ECE": trained.metrics["calibration/ece"],
