@@ -11,10 +11,10 @@ import pytest
 
 from tests.faults import Server, facts
 
-# Steps so large, in sft after small ones, that training soon does harm.
+# Steps so large, after small ones, that training soon does harm.
 LOOKS = {
     "sft": ("sft.lr=0.1", "sft.heldout_every=2", "sft.warmup_ratio=1.0"),
-    "reward": ("reward.lr=0.1", "reward.heldout_every=2", "reward.schedule=constant"),
+    "reward": ("reward.lr=0.1", "reward.heldout_every=2", "reward.warmup_ratio=1.0"),
 }
 FINAL = {"sft": "loss", "reward": "accuracy"}  # of the model that was saved, in the manifest
 
@@ -66,7 +66,7 @@ def test_the_best_weights_are_kept(server: Server, stage: str) -> None:
     assert kept_last["metrics"][metric] == pytest.approx(seen[last], abs=1e-12)
     # A reward model's looks measure its loss as well, in which overfitting shows first.
     losses = looks(server.folder(stage), "loss")
-    assert kept_last["metrics"]["loss"] == pytest.approx(losses[last], abs=1e-6)
+    assert kept_last["metrics"]["loss"] == pytest.approx(losses[last], abs=1e-5)
     assert "best_step" not in kept_last["metrics"]
     # To look changes nothing.
     without = made(server, stage, settings[0], settings[2])
