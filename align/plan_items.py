@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
-from align.plan_memory import zero_per_gpu
+from align.plan_memory import FLOAT, zero_per_gpu
 from align.recipe_distributed import Offload, Zero
+from align.zero import BUCKET
 
 # Of the activations' size, on a CPU: 0.8 to 1.0 for sft, reward and ppo on a Llama of 36 million
 # parameters with LoRA in float32.
@@ -61,21 +62,12 @@ class StagePlan:
 
     def per_gpu(self, gpus: int) -> tuple[int, ...]:
         """Return the peak per GPU at ZeRO stages 0 to 3, micro-batches as they are."""
-        by_phase = []
-        for phase in self.phases:
-            items = (*self.kept, *phase.items)
-            shares = zero_per_gpu(
-                _of_kind(items, "weights"),
-                _of_kind(items, "gradients"),
-                _of_kind(items, "states"),
-                gpus,
-            )
-            by_phase.append([share + _of_kind(items, "rest") for share in shares])
-        return tuple(max(values) for values in zip(*by_phase, strict=True))
+        shares = [self._shares(phase, gpus, offloaded=False) for phase in self.phases]
+        return tuple(max(values) for values in zip(*shares, strict=True))
 
     def offloaded(self, gpus: int) -> int:
         """Return the peak per GPU at ZeRO 3 with the optimiser's states in main memory."""
-        return self._without("states").per_gpu(gpus)[3]
+        return max(self._shares(phase, gpus, offloaded=True)[3] for phase in self.phases)
 
     def trained_together(self, gpus: int, zero: Zero, offload: Offload) -> dict[str, int]:
         """Return what each phase takes per GPU where so many train by this way of ZeRO.
@@ -83,19 +75,37 @@ class StagePlan:
         What comes after training the first process does alone, with whole weights beside the share
         of them that ZeRO 3 has left it.
         """
-        gone: dict[Offload, tuple[Kind, ...]] = {
-            "none": (),
-            "optimizer": ("states",),
-            "all": ("states", "weights"),
-        }
-        shared = self._without(*gone[offload])
+        offloaded = offload != "none"
+        shared = self._without("weights") if offload == "all" else self
+        peaks = {p.name: shared._shares(p, gpus, offloaded=offloaded)[zero] for p in self.phases}
         if zero < 3:
-            return {p.name: replace(shared, phases=(p,)).per_gpu(gpus)[zero] for p in self.phases}
-        training = replace(shared, phases=self.phases[:1]).per_gpu(gpus)[3]
-        left = ceil((_of_kind(shared.kept, "weights") + _of_kind(shared.kept, "states")) / gpus)
-        alone = self._without("states")
-        after = {phase.name: alone.total(phase) + left for phase in self.phases[1:]}
-        return {self.phases[0].name: training} | after
+            return peaks
+        left = _of_kind(shared.kept, "weights")
+        if not offloaded:
+            left += _of_kind(shared.kept, "states") + self.sum("gradients")
+        alone, training = self._without("states"), self.phases[0].name
+        after = {p.name: alone.total(p) + ceil(left / gpus) for p in self.phases[1:]}
+        return {training: peaks[training]} | after
+
+    def _shares(self, phase: Phase, gpus: int, *, offloaded: bool) -> tuple[int, ...]:
+        """Return what a phase takes per GPU at ZeRO stages 0 to 3.
+
+        ZeRO has a copy of the trained weights, as large as their gradients, which goes where the
+        optimiser's states go; and from stage 2 on a bucket for gradients.
+
+        Args:
+            offloaded: the optimiser's states are in main memory.
+        """
+        items = (*self.kept, *phase.items)
+        weights, gradients = _of_kind(items, "weights"), _of_kind(items, "gradients")
+        states, copies = _of_kind(items, "states"), self.sum("gradients")
+        if offloaded:
+            states = copies = 0
+        bucket = FLOAT * BUCKET if gradients else 0
+        copied = ceil(copies / gpus)
+        more = (0, copied, copied + bucket, copied + bucket)
+        rest, shares = _of_kind(items, "rest"), zero_per_gpu(weights, gradients, states, gpus)
+        return tuple(rest + sum(parts) for parts in zip(shares, more, strict=True))
 
     def _without(self, *kinds: Kind) -> "StagePlan":
         kept = tuple(replace(i, bytes=0) if i.kind in kinds else i for i in self.kept)

@@ -7,16 +7,20 @@ from align.recipe_ppo import Ppo
 from align.recipe_types import Optimisation
 
 WITHOUT_ZERO = ("evaluate",)  # made by one process
+# Gradients on their way to the process that keeps them: numbers for which ZeRO 2 and 3 take memory
+# at once. 20 MB in float32, about what DDP sends at a time; DeepSpeed's own default is a hundred
+# times that.
+BUCKET = 5_000_000
 
 
 def deepspeed_settings(distributed: Distributed, section: Optimisation) -> dict[str, Any]:
     """Return the settings under which a stage is trained; they are complete, nothing is "auto".
 
-    Optimiser and schedule are the stage's own. Numbers are float32 where the model's are: ZeRO's
-    own copies for training in 16 bits are not used.
+    Optimiser and schedule are the stage's own. Numbers are float32 where the model's are; ZeRO
+    makes a copy of what is trained all the same, shared out like the optimiser's states.
     """
     batch, (rows, passes) = section.batch_size, rows_and_passes(section, distributed)
-    zero: dict[str, Any] = {"stage": distributed.zero}
+    zero: dict[str, Any] = {"stage": distributed.zero, "reduce_bucket_size": BUCKET}
     if distributed.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if distributed.offload == "all":
@@ -28,8 +32,6 @@ def deepspeed_settings(distributed: Distributed, section: Optimisation) -> dict[
         # How a minibatch is divided into passes each process decides for itself: by their tokens.
         batch, passes = section.minibatch_size, 1
         rows = batch // distributed.processes
-        # Numbers, for which there is room in every step; of adapters there are not many.
-        zero["reduce_bucket_size"] = 50_000_000
     return {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": rows,

@@ -14,14 +14,14 @@ from align.errors import AlignError, InputError
 from align.plan import plan_recipe, pretrained_shape
 from align.plan_changes import Proposal, Values, cheapest, smallest
 from align.plan_items import Item, StagePlan
-from align.plan_memory import deepspeed_bytes, deepspeed_host_bytes
+from align.plan_memory import FLOAT, deepspeed_bytes, deepspeed_host_bytes
 from align.plan_model import Shape, read_shape
 from align.plan_time import Speed, StageWork, calibrated_speed, card_speed, plan_work
 from align.published import CARDS, CONFIGS
 from align.recipe import Recipe
 from align.recipe_distributed import Distributed, Offload, Zero
 from align.stages import stage_directory
-from align.zero import WITHOUT_ZERO, deepspeed_settings
+from align.zero import BUCKET, WITHOUT_ZERO, deepspeed_settings
 from launch.command import Python
 from launch.experiment import Experiment
 from launch.packages import ROOT
@@ -247,7 +247,9 @@ def _phases(stage: StagePlan, gpus: int, chosen: Distributed) -> dict[str, int]:
         return {phase.name: stage.total(phase) for phase in stage.phases}
     if stage.stage == "ppo":  # shares out the optimiser's states alone, and knows no ZeRO 3
         offload: Offload = "none" if chosen.offload == "none" else "optimizer"
-        return stage.trained_together(gpus, 1 if chosen.zero else 0, offload)
+        peaks = stage.trained_together(gpus, 1 if chosen.zero else 0, offload)
+        bucket = FLOAT * BUCKET if chosen.zero == 2 else 0
+        return {name: peak + bucket for name, peak in peaks.items()}
     return stage.trained_together(gpus, chosen.zero, chosen.offload)
 
 
