@@ -36,9 +36,11 @@ class RewardSource(Section):
 
     model: RewardModelPath | None = None
     label: str | None = None  # of a classifier: the class whose probability is the score
-    # Several reward models: mean - std_penalty * standard deviation of their scores.
-    ensemble: Strings | None = None
+    ensemble: Strings | None = None  # several reward models
+    # The mean of their scores, less penalties on what they dispute; or the lowest of them.
+    combine: Literal["mean", "minimum"] = "mean"
     std_penalty: NotNegativeFloat = 0.0
+    variance_penalty: NotNegativeFloat = 0.0
     function: FunctionName | None = None
     weight: FiniteFloat = 1.0
 
@@ -49,8 +51,14 @@ class RewardSource(Section):
             refuse("ensemble", "names one model; allowed: two or more, or `model` for one")
         if self.label is not None and self.model is None:
             refuse("label", "is a class of one model; allowed: with model")
-        if self.std_penalty and self.ensemble is None:
-            refuse("std_penalty", "needs an ensemble; allowed without one: 0")
+        for key, off in (("combine", "mean"), ("std_penalty", 0), ("variance_penalty", 0)):
+            if getattr(self, key) != off and self.ensemble is None:
+                refuse(key, f"needs an ensemble; allowed without one: {off}")
+        penalties = [k for k in ("std_penalty", "variance_penalty") if getattr(self, k)]
+        if penalties and self.combine == "minimum":
+            refuse(penalties[0], "is of the mean; allowed with combine=minimum: 0")
+        if len(penalties) > 1:
+            refuse("variance_penalty", "std_penalty is given as well; allowed: one of the two")
         return self
 
     def label_problem(self, labels: Sequence[str], reads: Reads | None) -> str | None:

@@ -32,8 +32,8 @@ class Source:
     """One part of the reward: a model, a function, or the members of an ensemble."""
 
     members: tuple[Scorer, ...]
+    combine: Callable[[Tensor], Tensor]  # the members' scores [M, B] to one of each response [B]
     weight: float
-    std_penalty: float
 
 
 @dataclass
@@ -50,7 +50,7 @@ class RewardScorer:
         scores = []
         for name, source in self.sources.items():
             members = torch.stack([m(prompts, responses, sequences) for m in source.members])
-            scores.append(ensemble_score(members, source.std_penalty))
+            scores.append(source.combine(members))
             self._seen[name].append(members)
         weights = [source.weight for source in self.sources.values()]
         return weighted_sum(torch.stack(scores), weights)
@@ -97,10 +97,19 @@ def ppo_scorer(job: StageJob, section: Ppo, loaded: LoadedRoles) -> RewardScorer
     members = _members(job, section, loaded, every)
     return RewardScorer(
         {
-            name: Source(scorers, source.weight, source.std_penalty)
+            name: Source(scorers, _combination(source), source.weight)
             for name, scorers, source in zip(names, members, sources, strict=False)
         },
         heldout=members[-1][0] if heldout is not None else None,
+    )
+
+
+def _combination(source: RewardSource) -> Callable[[Tensor], Tensor]:
+    return partial(
+        ensemble_score,
+        combine=source.combine,
+        std_penalty=source.std_penalty,
+        variance_penalty=source.variance_penalty,
     )
 
 

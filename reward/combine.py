@@ -4,6 +4,7 @@ Pure functions on scores ``[M, B]``: of M sources or models, for B responses. Co
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,22 +29,34 @@ def weighted_sum(scores: Tensor, weights: Sequence[float]) -> Tensor:
     return (per_source[:, None] * scores.float()).sum(0)
 
 
-def ensemble_score(scores: Tensor, std_penalty: float) -> Tensor:
-    """Average the scores of several models, less where they disagree.
+def ensemble_score(
+    scores: Tensor,
+    combine: Literal["mean", "minimum"] = "mean",
+    *,
+    std_penalty: float = 0.0,
+    variance_penalty: float = 0.0,
+) -> Tensor:
+    """Make one score of those of several models, which counts less where they disagree.
 
-        mean over m of scores[m, b]  -  std_penalty * disagreement[b]
+        mean:     mean over m of scores[m, b]
+                  - std_penalty * disagreement[b]  - variance_penalty * disagreement[b]^2
+        minimum:  min over m of scores[m, b]
 
-    The uncertainty-weighted ensemble of Coste et al. 2023 with the standard deviation in place of
-    their variance: the penalty then has the unit of the scores.
+    Coste et al. 2023 have the mean, the minimum (worst-case) and the penalty on the variance
+    (uncertainty-weighted); one on the standard deviation has the unit of the scores.
 
     Args:
         scores: ``[M, B]``.
-        std_penalty: not negative; 0 gives the mean.
+        std_penalty, variance_penalty: not negative; of the mean only.
 
     Returns:
         ``[B]`` float32.
     """
-    return scores.float().mean(0) - std_penalty * disagreement(scores)
+    scores = scores.float()
+    if combine == "minimum":
+        return scores.min(0).values
+    spread = disagreement(scores)
+    return scores.mean(0) - std_penalty * spread - variance_penalty * spread**2
 
 
 def disagreement(scores: Tensor) -> Tensor:

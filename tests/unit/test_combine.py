@@ -25,7 +25,7 @@ def test_sums_are_taken_in_float32() -> None:
     # In bfloat16 256 + 1 is 256.
     scores = torch.tensor([[256.0], [1.0]], dtype=torch.bfloat16)
     assert weighted_sum(scores, [1.0, 1.0]).tolist() == [257.0]
-    assert ensemble_score(scores, 0.0).tolist() == [128.5]
+    assert ensemble_score(scores).tolist() == [128.5]
 
 
 def test_every_source_needs_a_weight() -> None:
@@ -39,21 +39,30 @@ def test_an_ensemble_by_hand() -> None:
     spread = [math.sqrt(2 / 3), math.sqrt(8), 0.0]
     assert disagreement(scores).tolist() == pytest.approx(spread)
     expected = [2 - 0.5 * spread[0], 2 - 0.5 * spread[1], 5.0]
-    assert ensemble_score(scores, 0.5).tolist() == pytest.approx(expected)
-    assert ensemble_score(scores, 0.0).tolist() == [2.0, 2.0, 5.0]
+    assert ensemble_score(scores, std_penalty=0.5).tolist() == pytest.approx(expected)
+    assert ensemble_score(scores).tolist() == [2.0, 2.0, 5.0]
+
+
+def test_minimum_and_variance_by_hand() -> None:
+    scores = torch.tensor([[1.0, 0.0, 5.0], [2.0, 0.0, 5.0], [3.0, 6.0, 5.0]])
+    assert ensemble_score(scores, "minimum").tolist() == [1.0, 0.0, 5.0]
+    expected = [2 - 0.3 * 2 / 3, 2 - 0.3 * 8, 5.0]
+    assert ensemble_score(scores, variance_penalty=0.3).tolist() == pytest.approx(expected)
 
 
 def test_one_model_agrees_with_itself() -> None:
     """The unbiased standard deviation of one number is not a number."""
-    assert ensemble_score(torch.tensor([[1.5, -2.0]]), 10.0).tolist() == [1.5, -2.0]
+    assert ensemble_score(torch.tensor([[1.5, -2.0]]), std_penalty=10.0).tolist() == [1.5, -2.0]
 
 
 def test_order_of_the_models_does_not_matter_and_responses_stay_apart() -> None:
     scores = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    combined = ensemble_score(scores, 1.3)
-    assert ensemble_score(scores.flip(0), 1.3).tolist() == pytest.approx(combined.tolist())
+    combined = ensemble_score(scores, std_penalty=1.3)
+    assert ensemble_score(scores.flip(0), std_penalty=1.3).tolist() == pytest.approx(
+        combined.tolist()
+    )
     for row in range(6):
-        alone = ensemble_score(scores[:, row : row + 1], 1.3)
+        alone = ensemble_score(scores[:, row : row + 1], std_penalty=1.3)
         assert alone.tolist() == pytest.approx(combined[row : row + 1].tolist())
 
 

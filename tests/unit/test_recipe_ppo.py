@@ -48,6 +48,15 @@ def refused(*overrides: str) -> list[str]:
         (["ppo.reward=[{weight: 1.0}]"], "found none of them; allowed: exactly one of model"),
         (["ppo.reward=[{ensemble: [a]}]"], "names one model; allowed: two or more"),
         (["ppo.reward=[{model: a, std_penalty: 1.0}]"], "needs an ensemble"),
+        (["ppo.reward=[{model: a, combine: minimum}]"], "needs an ensemble; allowed without"),
+        (
+            ["ppo.reward=[{ensemble: [a, b], combine: minimum, variance_penalty: 1.0}]"],
+            "is of the mean; allowed with combine=minimum: 0",
+        ),
+        (
+            ["ppo.reward=[{ensemble: [a, b], std_penalty: 1.0, variance_penalty: 1.0}]"],
+            "std_penalty is given as well; allowed: one of the two",
+        ),
         (["ppo.reward=[{modle: a}]"], "ppo.reward.0.modle=a: unknown key; did you mean"),
         (["ppo.reward=[]"], "found an empty list; allowed: model, or a Python function as"),
         (
