@@ -75,7 +75,7 @@ def test_a_refusal_names_two_keys_and_what_is_allowed() -> None:
 def test_the_print_holds_every_reason_once(capsys: pytest.CaptureFixture[str]) -> None:
     print_matrix(matrix())
     said = capsys.readouterr().out
-    for line in ("lora        none          yes", "pretrain", "  a  distributed.offload="):
+    for line in ("lora        none nf4 fp4  yes", "pretrain", "  a  distributed.offload="):
         assert line in said
     _, _, reasons = said.partition("because\n")
     lines = [line for line in reasons.splitlines() if re.match(r"  [a-z]  ", line)]

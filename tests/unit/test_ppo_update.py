@@ -340,7 +340,7 @@ def test_t23_the_critic_starts_from_the_reward_model(loaded):
 
 # T31: PyTorch's Adam with the epsilon that the published hyper-parameters go with.
 def test_t31_adam_epsilon(loaded):
-    optimizer = engine_of(loaded).optimizer
+    optimizer = engine_of(loaded).optimizer.optimizer
     assert {group["eps"] for group in optimizer.param_groups} == {1e-5}
 
 

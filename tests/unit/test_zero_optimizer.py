@@ -64,7 +64,7 @@ def test_two_processes_step_as_adamw_does() -> None:
 
 def process() -> None:
     """What each of the two does."""
-    group.join(deepspeed=True)
+    group.join(deepspeed=True, timeout=120.0)
     for way in WAYS:
         steps_are_adamws(way)
         goes_on_bit_for_bit(way)
