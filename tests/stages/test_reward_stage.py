@@ -230,6 +230,7 @@ def test_a_trained_model_is_saved_before_anything_is_measured(
     load_reward_model(base, folder / "model")
 
 
+@pytest.mark.slow
 def test_doing_it_again_gives_the_same_model(root: Path) -> None:
     folder = root / "runs/test/reward/model"
     rows = demonstrations(root)[:5]
