@@ -17,6 +17,7 @@ with. That decides while responses are sampled, one token of each row at a time.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Literal
 
 from align.inputs import world_rows
 from align.plan import pretrain_setup, reward_setup
@@ -84,14 +85,17 @@ class StageWork:
     per_rows: int | None = None
 
 
-def card_speed(name: str, card: Card, quantized: bool) -> Speed:
-    """Return what a card is assumed to do."""
+def card_speed(
+    name: str, card: Card, quantized: bool, dtype: Literal["float32", "bfloat16"] = "bfloat16"
+) -> Speed:
+    """Return what a card is assumed to do, computing in numbers of a kind."""
+    flops = card.float32 if dtype == "float32" else card.flops
     return Speed(
-        FLOPS_SHARE * card.flops,
+        FLOPS_SHARE * flops,
         BANDWIDTH_SHARE * card.bandwidth,
         QUANTIZED_BLOCK_SECONDS if quantized else BLOCK_SECONDS,
-        f"{name}: {FLOPS_SHARE:.0%} of {card.flops / 1e12:g} TFLOP/s and {BANDWIDTH_SHARE:.0%} of"
-        f" {card.bandwidth / 1e9:g} GB/s, as published for bfloat16; the shares are assumed",
+        f"{name}: {FLOPS_SHARE:.0%} of {flops / 1e12:g} TFLOP/s and {BANDWIDTH_SHARE:.0%} of"
+        f" {card.bandwidth / 1e9:g} GB/s, as published for {dtype}; the shares are assumed",
     )
 
 
@@ -125,14 +129,28 @@ def plan_work(recipe: Recipe, shape: Shape) -> tuple[StageWork, ...]:
     return tuple(makers[stage](setup) for stage in planned_stages(recipe))
 
 
+def step_work(recipe: Recipe, shape: Shape, stage: StageName, processes: int) -> tuple[Work, ...]:
+    """Return what each of so many processes does in a step; in ppo: a rollout and its updates."""
+    setup = Setup(recipe, shape)
+    texts = getattr(recipe, stage).batch_size // processes
+    if stage == "ppo":
+        return tuple(_ppo_parts(setup, texts, texts))
+    makers = {"pretrain": _pretraining, "sft": _sft_training, "reward": _reward_training}
+    return (makers[stage](setup, texts),)
+
+
 def _pretrain(setup: Setup) -> StageWork:
+    section = setup.recipe.pretrain
+    assert section is not None
+    return StageWork("pretrain", (_pretraining(setup, section.steps * section.batch_size),))
+
+
+def _pretraining(setup: Setup, texts: int) -> Work:
     setup = pretrain_setup(setup)
     section = setup.recipe.pretrain
     assert section is not None
     rows = section.micro_batch_size or section.batch_size
-    texts = section.steps * section.batch_size
-    part = _passes("training", setup, texts, section.sequence_length, rows, times=3)
-    return StageWork("pretrain", (part,))
+    return _passes("training", setup, texts, section.sequence_length, rows, times=3)
 
 
 def _sft(setup: Setup) -> StageWork:
@@ -141,8 +159,7 @@ def _sft(setup: Setup) -> StageWork:
     assert recipe.data.sft is not None
     texts, per_rows = _texts(recipe, recipe.data.sft.train)
     rows = section.micro_batch_size or section.batch_size
-    trained = ceil(texts * section.epochs)
-    parts = [_passes("training", setup, trained, setup.longest, rows, times=_adapting(setup))]
+    parts = [_sft_training(setup, ceil(texts * section.epochs))]
     heldout = _known(recipe, recipe.data.sft.heldout)
     if heldout:
         parts.append(_passes("held-out loss", setup, heldout, setup.longest, rows))
@@ -150,6 +167,13 @@ def _sft(setup: Setup) -> StageWork:
         limits = recipe.data.max_prompt_tokens, recipe.data.max_response_tokens
         parts.append(_sampling(setup, section.samples, *limits, rows=section.batch_size))
     return StageWork("sft", tuple(parts), per_rows)
+
+
+def _sft_training(setup: Setup, texts: int) -> Work:
+    section = setup.recipe.sft
+    assert section is not None
+    rows = section.micro_batch_size or section.batch_size
+    return _passes("training", setup, texts, setup.longest, rows, times=_adapting(setup))
 
 
 def _reward(setup: Setup) -> StageWork:
@@ -160,12 +184,8 @@ def _reward(setup: Setup) -> StageWork:
     rankings, per_rows = _texts(recipe, recipe.data.reward.train)
     each = responses_per_ranking(recipe)
     rows = each * (section.micro_batch_size or section.batch_size)
-    trained, times = ceil(rankings * section.epochs), _adapting(setup)
-    if section.base is None:  # the responses of a prompt share it
-        texts, seen = (trained, ranking_tokens(recipe), rows // each), setup.longest
-        parts = [_passes("training", setup, *texts, times, head=False, seen=seen)]
-    else:
-        parts = [_passes("training", setup, trained * each, setup.longest, rows, times, head=False)]
+    trained = ceil(rankings * section.epochs)
+    parts = [_reward_training(setup, trained)]
     if section.aux_lm_coef:
         tokens = trained * recipe.data.max_response_tokens
         flops = 2 * 2 * setup.shape.vocab * setup.shape.hidden  # the logits, and back
@@ -180,12 +200,32 @@ def _reward(setup: Setup) -> StageWork:
     return StageWork("reward", tuple(parts), per_rows)
 
 
+def _reward_training(setup: Setup, rankings: int) -> Work:
+    setup = reward_setup(setup)
+    recipe, section, times = setup.recipe, setup.recipe.reward, _adapting(setup)
+    assert section is not None
+    rows = section.micro_batch_size or section.batch_size
+    if section.base is None:  # the responses of a prompt share it
+        texts, seen = (rankings, ranking_tokens(recipe), rows), setup.longest
+        return _passes("training", setup, *texts, times, head=False, seen=seen)
+    each = responses_per_ranking(recipe)
+    texts = (rankings * each, setup.longest, rows * each)
+    return _passes("training", setup, *texts, times, head=False)
+
+
 def _ppo(setup: Setup) -> StageWork:
     recipe, section = setup.recipe, setup.recipe.ppo
     assert section is not None
-    texts = section.steps * section.batch_size
+    responses = texts = section.steps * section.batch_size
     if recipe.data.prompts is not None and recipe.data.prompts.heldout:
         texts += (1 + ceil(section.steps / section.probe_every)) * section.probe_prompts
+    return StageWork("ppo", tuple(_ppo_parts(setup, texts, responses)))
+
+
+def _ppo_parts(setup: Setup, texts: int, responses: int) -> list[Work]:
+    """Return the work of sampling and scoring texts, and of updates on so many of them."""
+    recipe, section = setup.recipe, setup.recipe.ppo
+    assert section is not None
     prompt, response = recipe.data.max_prompt_tokens, section.max_new_tokens
     longest, own_critic = prompt + response, section.value.trunk == "own"
     models = sum(len(source.models) for source in section.reward_sources)
@@ -197,17 +237,16 @@ def _ppo(setup: Setup) -> StageWork:
     looks = (1 - share) + share * (2 + own_critic + models)
     trained = 3 + setup.checkpointing if separate else share * (2 + setup.checkpointing)
     updates = section.epochs * (1 + own_critic) * trained
-    responses = section.steps * section.batch_size
     parts = [
         _sampling(setup, texts, prompt, response, section.rollout.batch_size or section.batch_size),
         _passes("scores, log-probabilities", setup, texts, longest, rows, looks),
         _passes("updates", setup, responses, longest, rows, updates),
     ]
     if section.ptx is not None:
-        batches = section.steps * section.epochs * (section.batch_size // section.minibatch_size)
+        batches = section.epochs * (responses // section.minibatch_size)
         mixed = section.ptx.batch_size
         parts.append(_passes("ptx", setup, batches * mixed, setup.longest, mixed, trained))
-    return StageWork("ppo", tuple(parts))
+    return parts
 
 
 def _evaluate(setup: Setup) -> StageWork:

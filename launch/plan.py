@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from align.plan_changes import Proposal, Values, cheapest, smallest
 from align.plan_items import Item, StagePlan
 from align.plan_memory import FLOAT, deepspeed_bytes, deepspeed_host_bytes
 from align.plan_model import Shape, read_shape
+from align.plan_scale import scaling
 from align.plan_time import Speed, StageWork, calibrated_speed, card_speed, plan_work
 from align.published import CARDS, CONFIGS
 from align.recipe import Recipe
@@ -72,10 +74,19 @@ def plan_experiment(
     shape = base_shape(recipe)
     if card is not None:
         limit = limit or CARDS[card].memory
-        speed = card_speed(card, CARDS[card], recipe.base.quantization != "none")
+        quantized = recipe.base.quantization != "none"  # whose layers compute in bfloat16
+        dtype = "bfloat16" if quantized else recipe.base.dtype
+        speed = card_speed(card, CARDS[card], quantized, dtype)
     elif calibrate:
         speed = _measure(experiment, shape)
-    return make_plan(recipe, shape, limit, gpus, speed, on_cpu=on_cpu)
+    plan = make_plan(recipe, shape, limit, gpus, speed, on_cpu=on_cpu)
+    if card is not None and gpus > 1 and speed is not None and limit is not None:
+        plan["scaling"] = {
+            "card": asdict(CARDS[card]),
+            "zero": f"ZeRO {recipe.distributed.zero}, offload {recipe.distributed.offload}",
+            "stages": scaling(recipe, shape, gpus, CARDS[card], speed, limit, _phases),
+        }
+    return plan
 
 
 def base_shape(recipe: Recipe) -> Shape:

@@ -25,6 +25,8 @@ def print_plan(plan: dict[str, Any]) -> None:
         print(f"DeepSpeed in {stage}: {json.dumps(settings)}\n")
     if "gpus" in plan:
         _print_gpus(plan)
+    if "scaling" in plan:
+        _print_scaling(plan["scaling"], plan["memory_bytes"])
     where = f"on each of {plan['gpus']} GPUs" if "gpus" in plan else "on one device"
     if plan.get("way"):
         where += f" with {plan['way']}"
@@ -76,6 +78,31 @@ def _print_gpus(plan: dict[str, Any]) -> None:
     print(f"\ntraining all {parameters:,} weights in 16 bits, by DeepSpeed's own estimates")
     _print_table(plan["full_training"], memory)
     print("  without activations; main memory: what offloading with ZeRO 2 needs\n")
+
+
+def _print_scaling(facts: dict[str, Any], memory: int) -> None:
+    rates = {key: facts["card"][key] / 1e9 for key in ("link", "network", "host")}
+    print(
+        f"a step on each GPU, by arithmetic alone, with {facts['zero']}; published rates, one way:"
+        f"\n  {rates['link']:g} GB/s within 8 GPUs, {rates['network']:g} GB/s from each to other"
+        f" machines, {rates['host']:g} GB/s to main memory"
+    )
+    titles = ("passes", "sends", "main memory", "holds", "computing", "sending", "moving")
+    for stage, rows in facts["stages"].items():
+        print(f"  {stage}\n  GPUs" + "".join(f"{title:>13}" for title in titles) + "   limited by")
+        for count, row in rows.items():
+            if "refused" in row:
+                print(f"  {count:4}   refused: {row['refused']}")
+                continue
+            sizes = [_size(row[key]) for key in ("sent_bytes", "moved_bytes", "step_bytes")]
+            seconds = (row[key] for key in ("computing", "sending", "moving"))
+            times = [f"{time:,.0f} s" if time >= 100 else f"{time:.3g} s" for time in seconds]
+            cells = "".join(f"{cell:>13}" for cell in (row["passes"], *sizes, *times))
+            print(f"  {count:4}{cells}   {row['limit']}")
+            if row["limit"] != "memory" and row["later_bytes"] > memory:
+                needed = _size(row["later_bytes"])
+                print(f"         does not fit: the first process holds {needed} after training")
+    print("  a step of ppo is a rollout with its updates, which count in place of passes\n")
 
 
 def _print_table(rows: dict[int, dict[str, int]], memory: int | None) -> None:
