@@ -31,6 +31,7 @@ LAUNCHER_MAY_USE = {
     "align.plan_items",
     "align.plan_memory",
     "align.plan_model",
+    "align.plan_scale",
     "align.plan_time",
     "align.published",
     "align.recipe",
