@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,7 @@ from tests.stages.test_several_processes import (
 )
 
 EVERY_STEP = ("run.checkpoint_steps=1", "--nproc", "2")
-# Long enough that a signal comes before the end, also on a machine that is busy.
-LONG = {"sft": "sft.epochs=24.0", "reward": "reward.epochs=24.0", "ppo": "ppo.steps=9"}
+LONG = {"sft": "sft.epochs=8.0", "reward": "reward.epochs=8.0", "ppo": "ppo.steps=6"}
 # With the recipe's dropout, which draws from generators that differ between the processes.
 TRAINING = ("base.dtype=float32", "evaluate=null", "ppo=null")
 WAYS = [
@@ -78,7 +78,7 @@ def interrupted(
 
 def check_goes_on(root: Path, stage: str, *settings: str, by: signal.Signals) -> str:
     """Compare a run that was interrupted with one that was not; return what it said then."""
-    name = f"{stage}-{by.name}-" + "".join(c for c in "".join(settings) if c.isalnum())[:40]
+    name = f"{stage}-{by.name}-{sha256(' '.join(settings).encode()).hexdigest()[:12]}"
     given = [*settings, LONG[stage], *EVERY_STEP]
     whole = align(root, stage, LORA, f"{name}-whole", *given) / stage
     code, errors = interrupted(root, stage, name, *settings, by=by)
