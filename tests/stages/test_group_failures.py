@@ -2,24 +2,14 @@
 
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from pipelines.last_words import tell
 from tests.stages.test_llama2_recipes import base
-from tests.stages.test_several_processes import (
-    LORA,
-    LORA_IN_FLOAT32,
-    ROOT,
-    command,
-    lives,
-    rank,
-)
+from tests.stages.test_several_processes import in_training, lives, rank
 
 # Read by Python when it starts: rank 1 has no memory left for its third step.
 NO_MEMORY = """
@@ -42,30 +32,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@contextmanager
-def training(root: Path, name: str, *more: str, path: str = "") -> Iterator[subprocess.Popen[str]]:
-    """The launcher of sft in two processes that has made its first step."""
-    settings = [*LORA_IN_FLOAT32, "sft.epochs=2000.0", "--nproc", "2", *more]
-    with subprocess.Popen(
-        command(root, "sft", LORA, name, *settings),
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{path}", "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        log = root / "runs" / name / "sft" / "metrics.jsonl"
-        while not (log.is_file() and log.read_text()):
-            assert process.poll() is None
-            time.sleep(0.2)
-        yield process
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 2])
 def test_a_process_that_hangs_is_named(root: Path, zero: int) -> None:
     settings = ["distributed.timeout_minutes=0.2", f"distributed.zero={zero}"]
     settings += ["run.checkpoint_steps=1"]
     name = f"hangs-{zero}"
-    with training(root, name, *settings) as process:
+    with in_training(root, name, *settings) as process:
         stopped = rank(1, process.pid)
         os.kill(stopped, signal.SIGSTOP)
         since = time.monotonic()
@@ -85,7 +58,7 @@ def test_a_process_that_hangs_is_named(root: Path, zero: int) -> None:
 @pytest.mark.slow
 def test_a_process_without_memory_is_named(root: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(NO_MEMORY)
-    with training(root, "memory", "distributed.zero=0", path=str(tmp_path)) as process:
+    with in_training(root, "memory", "distributed.zero=0", path=str(tmp_path)) as process:
         since = time.monotonic()
         assert process.stderr is not None
         errors = process.stderr.read()

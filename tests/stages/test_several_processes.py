@@ -241,12 +241,18 @@ def test_pretraining_is_that_of_one_process(root: Path, zero: int) -> None:
 
 
 @contextmanager
-def in_training(root: Path, name: str) -> Iterator[subprocess.Popen[str]]:
-    """The launcher of a stage in two processes that has made its first step."""
-    settings = [*LORA_IN_FLOAT32, "sft.epochs=2000.0", "--nproc", "2"]
+def in_training(
+    root: Path, name: str, *more: str, path: str = ""
+) -> Iterator[subprocess.Popen[str]]:
+    """The launcher of sft in two processes that has made its first step.
+
+    Args:
+        path: where the processes look for modules as well.
+    """
+    settings = [*LORA_IN_FLOAT32, "sft.epochs=2000.0", "--nproc", "2", *more]
     with subprocess.Popen(
         command(root, "sft", LORA, name, *settings),
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{path}", "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
