@@ -114,10 +114,15 @@ def silent() -> list[int]:
         return []
 
 
-def part(rows: Sequence[int]) -> Sequence[int]:
-    """Return this process's part of some rows, as many as of any other; their order is kept."""
+def parts(rows: Sequence[int]) -> list[Sequence[int]]:
+    """Return each process's part of some rows, equally many; their order is kept."""
     count = len(rows) // size()
-    return rows[rank() * count : (rank() + 1) * count]
+    return [rows[one * count : (one + 1) * count] for one in range(size())]
+
+
+def part(rows: Sequence[int]) -> Sequence[int]:
+    """Return this process's part of some rows; see ``parts``."""
+    return parts(rows)[rank()]
 
 
 def gather(value: Value) -> list[Value]:

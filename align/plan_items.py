@@ -24,6 +24,7 @@ class Item:
     bytes: int
     how: str
     kind: Kind = "rest"
+    layers: tuple[int, ...] = ()  # bytes of each of a frozen base's layers, which are part of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,26 @@ class StagePlan:
         alone, training = self._without("states"), self.phases[0].name
         after = {p.name: alone.total(p) + ceil(left / gpus) for p in self.phases[1:]}
         return {training: peaks[training]} | after
+
+    def ppo_together(self, gpus: int, zero: Zero, offload: Offload) -> dict[str, int]:
+        """Return what each phase of PPO takes per GPU where so many train by this way of ZeRO.
+
+        Each holds the weights and the gradients of what it trains whole. ZeRO 3 shares the base's
+        layers out: there is a part of them throughout, and beside it they are whole, but where
+        there are gradients only one at a time.
+        """
+        states: Zero = 1 if zero else 0
+        offloaded = offload != "none"
+        layers = [layer for item in self.kept for layer in item.layers]
+        more = FLOAT * BUCKET if zero >= 2 else 0
+        if zero == 3 and offload != "all":
+            more += ceil(sum(layers) / gpus)
+        found = {}
+        for phase in self.phases:
+            found[phase.name] = self._shares(phase, gpus, offloaded=offloaded)[states] + more
+            if zero == 3 and _of_kind(phase.items, "gradients"):
+                found[phase.name] += max(layers) - sum(layers)
+        return found
 
     def _shares(self, phase: Phase, gpus: int, *, offloaded: bool) -> tuple[int, ...]:
         """Return what a phase takes per GPU at ZeRO stages 0 to 3.

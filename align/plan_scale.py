@@ -8,7 +8,9 @@ passes of each per optimiser step, each GPU sends, and receives as much,
     ZeRO 3       (N - 1) / N x p (2 W + G)    weights are gathered forward and backward
 
 where all weights are trained in one pass 2, 2 and 3 times their size (Rajbhandari et al. 2020,
-section 7; a ring's factor (N - 1) / N is 1 there). To and from main memory each moves
+section 7; a ring's factor (N - 1) / N is 1 there). PPO sends its gradients once per update, in
+which each has added up those of its passes; with ZeRO 3, where W are the base's layers, W for the
+rollout, and what ``layers_gathered`` counts. To and from main memory each moves
 
     optimiser    1 / N x 2 p G                gradients out, added up there, results back
     all          1 / N x ((2 p - 1) G + 2 p W)    the weights in for each gathering, none back
@@ -25,6 +27,7 @@ from typing import Any
 from align.plan import plan_recipe
 from align.plan_items import StagePlan
 from align.plan_model import Shape
+from align.plan_setup import rows_per_pass
 from align.plan_time import Speed, step_work
 from align.published import GPUS_PER_MACHINE, Card
 from align.recipe import Recipe
@@ -103,7 +106,7 @@ def scaling(
             if reason is None:
                 took = phases(plans[stage], count, chosen)
                 works = step_work(changed, shape, stage, count)
-                facts = _step(changed, plans[stage], card) | {
+                facts = _step(changed, plans[stage], shape, card) | {
                     "step_bytes": took.get("training", max(took.values())),
                     "later_bytes": max(took.values()),
                     "computing": sum(work.seconds(speed, shape.layers) for work in works),
@@ -129,21 +132,54 @@ def _refused(recipe: Recipe, stage: str) -> str | None:
     return None
 
 
-def _step(recipe: Recipe, plan: StagePlan, card: Card) -> dict[str, Any]:
+def _step(recipe: Recipe, plan: StagePlan, shape: Shape, card: Card) -> dict[str, Any]:
     """Return what each GPU sends and moves in a step, in bytes and seconds."""
     section, chosen = getattr(recipe, plan.stage), recipe.distributed
-    zero, gpus, steps = chosen.zero, chosen.processes, 1
-    if isinstance(section, Ppo):  # adds the gradients of its passes up by itself
-        passes, steps = 1, section.epochs * section.batch_size // section.minibatch_size
+    zero, gpus = chosen.zero, chosen.processes
+    sizes = plan.sum("weights"), plan.sum("gradients")
+    if isinstance(section, Ppo):
+        updates, passes = _passes(recipe, section)
+        gathered = layers_gathered(recipe, section, shape) if zero == 3 else 0
+        in_layers = sum(layer for item in plan.kept for layer in item.layers)
+        layers = ceil(gathered / shape.layers * in_layers)
+        # It adds the gradients of its passes up by itself.
+        sent = updates * sent_bytes(min(zero, 2), *sizes, 1, gpus)
+        sent += ceil(layers * (gpus - 1) / gpus)
+        inside: Offload = "none" if chosen.offload == "none" else "optimizer"
+        moved = updates * moved_bytes(inside, *sizes, 1, gpus)
+        moved += ceil(layers / gpus) if chosen.offload == "all" else 0
+        passes *= updates
     else:
         _, passes = rows_and_passes(section, chosen)
-    sizes = plan.sum("weights"), plan.sum("gradients"), passes, gpus
-    sent = steps * sent_bytes(zero, *sizes)
-    moved = steps * moved_bytes(chosen.offload, *sizes)
+        sent = sent_bytes(zero, *sizes, passes, gpus)
+        moved = moved_bytes(chosen.offload, *sizes, passes, gpus)
     return {
-        "passes": steps * passes,
+        "passes": passes,
         "sent_bytes": sent,
         "moved_bytes": moved,
         "sending": sending_seconds(sent, card, gpus),
         "moving": moved / card.host,
     }
+
+
+def layers_gathered(recipe: Recipe, section: Ppo, shape: Shape) -> int:
+    """Return how often a step of PPO makes a layer of the base whole where ZeRO 3 shares them out.
+
+    All of them once for the rollout; those with adapters, and those between, forward and backward
+    in every pass of policy and critic. The layers below the lowest adapter are computed once.
+    """
+    updates, passes = _passes(recipe, section)
+    adapted = shape.adapted_layers(recipe.adapter)
+    models = 2 if section.value.trunk == "own" else 1
+    return shape.layers + updates * passes * models * 2 * adapted
+
+
+def _passes(recipe: Recipe, section: Ppo) -> tuple[int, int]:
+    """Return the updates of a step of PPO, and how often each process goes through a model in one.
+
+    By the longest texts that there can be.
+    """
+    longest = recipe.data.max_prompt_tokens + section.max_new_tokens
+    rows = section.minibatch_size // recipe.distributed.processes
+    passes = ceil(rows / min(rows_per_pass(section, longest), rows))
+    return section.epochs * section.batch_size // section.minibatch_size, passes

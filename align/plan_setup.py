@@ -88,16 +88,18 @@ class Setup:
         rest = shape.rest + (shape.head if head else 0)
         if kind == "none":
             count = shape.linear + rest
-            return [Item("base", count * width, f"{count:,} x {width} B", "weights")]
+            layers = (shape.linear // shape.layers * width,) * shape.layers
+            return [Item("base", count * width, f"{count:,} x {width} B", "weights", layers)]
         double = self.recipe.base.double_quantization
         stored, constants = linear_bytes(shape, kind, double)
+        layers = (stored // shape.layers,) * shape.layers
         share = "1" if kind == "int8" else "0.5"
         scales = f"{shape.linear:,} / 64 x {'(1 + 4 / 256)' if double else '4'} B; and tables"
         if kind == "int8":
             outputs = shape.layers * sum(m.outputs for m in shape.matrices)
             scales = f"{outputs:,} x {FLOAT} B"
         return [
-            Item(f"base in {kind}", stored, f"{shape.linear:,} x {share} B", "weights"),
+            Item(f"base in {kind}", stored, f"{shape.linear:,} x {share} B", "weights", layers),
             Item("quantisation constants", constants, scales, "weights"),
             Item("embeddings and norms", rest * width, f"{rest:,} x {width} B", "weights"),
         ]

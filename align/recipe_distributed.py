@@ -20,8 +20,8 @@ class Distributed(Section):
 
     processes: Positive = 1  # one per GPU, of all nodes; batch sizes count over all of them
     # What the processes share out instead of each holding all of it (Rajbhandari et al. 2020): 0
-    # nothing, 1 the optimiser's states, 2 the gradients as well, 3 also the weights. In ppo, which
-    # trains adapters only, a process holds the gradients of its own passes whole with 2, too.
+    # nothing, 1 the optimiser's states, 2 the gradients as well, 3 also the weights. In ppo a
+    # process holds the gradients of its own passes whole with 2, too, and 3 are the base's layers.
     zero: Zero = 0
     # What lies in main memory: the optimiser's states, or the weights as well (with zero=3).
     offload: Offload = "none"
@@ -98,18 +98,12 @@ class Distributed(Section):
     def _ppo_problems(self, ppo: "Ppo") -> list[tuple[str, str]]:
         problems = []
         beside = f"in a group (distributed.processes={self.processes}, zero={self.zero})"
-        if self.zero == 3:
-            needed = "has no PPO: there each process holds the roles, and with them whole weights"
-            problems.append(
-                (
-                    "distributed.zero",
-                    f"3 {needed}; allowed with a ppo section: 0, 1, 2, or leave ppo out and make it"
-                    " by a recipe that names these stages in run.parents",
-                )
-            )
-        for role in ppo.own_models:
+        for role in ppo.own_models if self.zero == 3 else ():
             key = "ppo.layout" if role == "policy" else "ppo.value.layout"
-            problems.append((key, f"PPO of all weights is not built {beside}; allowed: shared"))
+            needed = (
+                "what ppo trains is whole in every process, zero=3 or not"
+            )
+            problems.append((key, f"{needed}; allowed: shared, or distributed.zero=2"))
         if ppo.ptx is not None:
             problems.append(("ppo.ptx", f"not built {beside}; leave it out"))
         if ppo.rollout.engine == "hf":

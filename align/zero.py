@@ -18,14 +18,18 @@ def deepspeed_settings(distributed: Distributed, section: Optimisation) -> dict[
 
     Optimiser and schedule are the stage's own. Numbers are float32 where the model's are; ZeRO
     makes a copy of what is trained all the same, shared out like the optimiser's states.
+
+    In PPO, where several roles stand on the weights that ZeRO 3 shares out, they are no business of
+    the optimiser's; see ``layer_settings``.
     """
     batch, (rows, passes) = section.batch_size, rows_and_passes(section, distributed)
-    zero: dict[str, Any] = {"stage": distributed.zero, "reduce_bucket_size": BUCKET}
+    stage = min(distributed.zero, 2) if isinstance(section, Ppo) else distributed.zero
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET}
     if distributed.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
-    if distributed.offload == "all":
-        zero["offload_param"] = {"device": "cpu"}
-    if distributed.zero == 3:
+    if stage == 3:
+        if distributed.offload == "all":
+            zero["offload_param"] = {"device": "cpu"}
         # Small tensors are shared out, too: those kept whole would need to be of one precision.
         zero["stage3_param_persistence_threshold"] = 0
     if isinstance(section, Ppo):
@@ -43,3 +47,12 @@ def deepspeed_settings(distributed: Distributed, section: Optimisation) -> dict[
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31 - 1,
     }
+
+
+def layer_settings(distributed: Distributed, section: Ppo) -> dict[str, Any]:
+    """Return the settings under which PPO shares out the layers of its base with ZeRO 3."""
+    settings = deepspeed_settings(distributed, section)
+    zero: dict[str, Any] = {"stage": 3, "memory_efficient_linear": False}
+    if distributed.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
+    return settings | {"zero_optimization": zero}

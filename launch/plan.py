@@ -15,15 +15,15 @@ from align.errors import AlignError, InputError
 from align.plan import plan_recipe, pretrained_shape
 from align.plan_changes import Proposal, Values, cheapest, smallest
 from align.plan_items import Item, StagePlan
-from align.plan_memory import FLOAT, deepspeed_bytes, deepspeed_host_bytes
+from align.plan_memory import deepspeed_bytes, deepspeed_host_bytes
 from align.plan_model import Shape, read_shape
 from align.plan_scale import scaling
 from align.plan_time import Speed, StageWork, calibrated_speed, card_speed, plan_work
 from align.published import CARDS, CONFIGS
 from align.recipe import Recipe
-from align.recipe_distributed import Distributed, Offload, Zero
+from align.recipe_distributed import Distributed, Zero
 from align.stages import stage_directory
-from align.zero import BUCKET, WITHOUT_ZERO, deepspeed_settings
+from align.zero import WITHOUT_ZERO, deepspeed_settings
 from launch.command import Python
 from launch.experiment import Experiment
 from launch.packages import ROOT
@@ -256,11 +256,8 @@ def _phases(stage: StagePlan, gpus: int, chosen: Distributed) -> dict[str, int]:
     """Return what each phase takes on a GPU as the recipe runs it."""
     if not chosen.together or stage.stage in WITHOUT_ZERO:
         return {phase.name: stage.total(phase) for phase in stage.phases}
-    if stage.stage == "ppo":  # shares out the optimiser's states alone, and knows no ZeRO 3
-        offload: Offload = "none" if chosen.offload == "none" else "optimizer"
-        peaks = stage.trained_together(gpus, 1 if chosen.zero else 0, offload)
-        bucket = FLOAT * BUCKET if chosen.zero == 2 else 0
-        return {name: peak + bucket for name, peak in peaks.items()}
+    if stage.stage == "ppo":
+        return stage.ppo_together(gpus, chosen.zero, chosen.offload)
     return stage.trained_together(gpus, chosen.zero, chosen.offload)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 _ZERO_NOTE = """\
   offload: the optimiser's states in main memory; offload all: the weights, too. That is how
-  pretrain, sft and reward run (distributed.zero, offload); in ppo each process holds the weights"""
+  pretrain, sft and reward run (distributed.zero, offload); ppo has whole weights in rollouts"""
 
 
 def print_plan(plan: dict[str, Any]) -> None:

@@ -24,6 +24,8 @@ from align.recipe_ppo import Ppo
 from align.roles import Role, Roles
 from align.seeds import derive_seed
 from align.sequences import join
+from align.zero import layer_settings
+from align.zero_layers import ZeroLayers
 from data.order import draw
 from data.records import Prompt
 from pipelines.load_roles import LoadedRoles, load_roles, usable_prompts
@@ -49,8 +51,8 @@ def run(job: StageJob) -> StageResult | None:
     """Train policy and critic; see the module's docstring.
 
     Of several processes each holds all roles and takes its part of every minibatch; gradients are
-    summed, and the optimiser's states may be shared out. What is decided, the first decides for
-    all.
+    summed, and the optimiser's states may be shared out; during updates the base's layers, too.
+    What is decided, the first decides for all.
     """
     recipe, section = job.recipe, job.recipe.ppo
     assert section is not None
@@ -62,7 +64,8 @@ def run(job: StageJob) -> StageResult | None:
     longest = max(len(loaded.renderer.prompt(prompt.messages)) for prompt in prompts)
     ptx = Ptx(job, loaded, section) if section.ptx is not None else None
     engine = _engine(roles, section, recipe.distributed)
-    updater = Updater(roles, engine, section, ptx=ptx, tolerance=tolerance)
+    layers = _share_out(roles, section, recipe.distributed)
+    updater = Updater(roles, engine, section, ptx=ptx, tolerance=tolerance, layers=layers)
     scaler, stopping = ScoreScaler(section.reward_scaling), Stopping(section)
     kept = KeptPolicy(section, roles, Probe(job, loaded, score), scaler)
     kl_coef = section.kl.coef or section.kl.loss_coef
@@ -85,6 +88,8 @@ def _begin(job: StageJob, state: PpoState) -> None:
     """Go on from a checkpoint, or take the first look at the policy."""
     assert job.recipe.ppo is not None
     job.log.start(job.recipe.ppo.steps)
+    if job.recipe.distributed.zero == 3:
+        job.log.note("ZeRO 3: the base's layers are whole in every process, except for updates")
     if job.checkpoints.found is not None:
         state.load(job.checkpoints.found.path)
         return
@@ -208,6 +213,12 @@ def _engine(roles: Roles, section: Ppo, distributed: Distributed) -> Engine:
         (roles.role_parameters("value"), section.value_lr or section.lr),
     ]
     return Engine(groups, section, updates, distributed)
+
+
+def _share_out(roles: Roles, section: Ppo, distributed: Distributed) -> ZeroLayers | None:
+    if distributed.zero < 3:
+        return None
+    return ZeroLayers(roles.base, layer_settings(distributed, section))
 
 
 def _next_kl_coef(coef: float, kl: float, section: Ppo) -> float:

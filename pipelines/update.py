@@ -1,6 +1,8 @@
 """The update of PPO: several epochs of clipped steps on one rollout."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from align.functional import (
 from align.recipe_ppo import Ppo
 from align.roles import PolicyOutput, Roles
 from align.sequences import Sequences, micro_batches
+from align.zero_layers import ZeroLayers
 from pipelines.ptx import Ptx
 from pipelines.rollout import Rollout, passes
 from pipelines.shaping import Estimates
@@ -44,13 +47,22 @@ class Updater:
     Args:
         ptx: language modelling mixed into the policy's loss, None without.
         tolerance: how far the ratio may be from 1 before the first step of a rollout.
+        layers: the base's, if the group shares them out. Then all its processes make equally many
+            passes: who has fewer goes once more through a text, of which nothing counts.
     """
 
     def __init__(
-        self, roles: Roles, engine: Engine, section: Ppo, *, ptx: Ptx | None, tolerance: float
+        self,
+        roles: Roles,
+        engine: Engine,
+        section: Ppo,
+        *,
+        ptx: Ptx | None,
+        tolerance: float,
+        layers: ZeroLayers | None = None,
     ) -> None:
         self._roles, self._engine, self._section = roles, engine, section
-        self._ptx, self._tolerance = ptx, tolerance
+        self._ptx, self._tolerance, self._layers = ptx, tolerance, layers
         self._policy = roles.role_parameters("policy")
         self._critic = roles.role_parameters("value")
         self.ptx_steps = 0  # batches of language modelling so far
@@ -71,34 +83,10 @@ class Updater:
             TrainingError: the ratio is not 1 before the first step; a parameter got no gradient; a
                 gradient is not finite.
         """
-        section = self._section
-        generator = torch.Generator().manual_seed(seed)
-        trained = self._policy + self._critic if policy else self._critic
-        totals: dict[str, float] = {}
-        norms: list[float] = []
-        tokens_seen, first_error = 0.0, 0.0
-        for epoch in range(section.epochs):
-            order = list(range(len(rollout.scores)))
-            if epoch > 0:
-                order = torch.randperm(len(order), generator=generator).tolist()
-            for minibatch in micro_batches(order, rows=section.minibatch_size):
-                rows = [order[i] for i in minibatch]
-                num_tokens = rollout.mask[rows].sum()
-                here = list(group.part(rows))
-                for part in self._parts(rollout, estimates, here, num_tokens):
-                    sums = self._backward(part, estimates.kl_loss_coef, policy=policy)
-                    error = sums.pop("ratio_max_error", 0.0)
-                    if not norms:
-                        self._check_ratio(error)
-                        first_error = max(first_error, error)
-                    for key, value in sums.items():
-                        totals[key] = totals.get(key, 0.0) + value
-                if policy and self._ptx is not None:
-                    ptx = self._backward_ptx() * float(num_tokens)
-                    totals["ptx_loss"] = totals.get("ptx_loss", 0.0) + ptx
-                tokens_seen += float(num_tokens)
-                norms.append(self._engine.step(trained))
+        with self._parted():
+            totals, norms, first_error = self._epochs(rollout, estimates, seed, policy=policy)
         everywhere = group.gather((totals, first_error))
+        tokens_seen = self._section.epochs * float(rollout.mask.sum())
         metrics = {
             f"ppo/{key}": sum(theirs[key] for theirs, _ in everywhere) / tokens_seen
             for key in totals
@@ -110,20 +98,55 @@ class Updater:
             metrics["ppo/explained_variance"] = explained
         return metrics
 
+    def _epochs(
+        self, rollout: Rollout, estimates: Estimates, seed: int, *, policy: bool
+    ) -> tuple[dict[str, float], list[float], float]:
+        """Return this process's token sums, each step's norm, and the largest first |ratio - 1|."""
+        section = self._section
+        generator = torch.Generator().manual_seed(seed)
+        trained = self._policy + self._critic if policy else self._critic
+        totals: dict[str, float] = {}
+        norms: list[float] = []
+        first_error = 0.0
+        for epoch in range(section.epochs):
+            order = list(range(len(rollout.scores)))
+            if epoch > 0:
+                order = torch.randperm(len(order), generator=generator).tolist()
+            for minibatch in micro_batches(order, rows=section.minibatch_size):
+                rows = [order[i] for i in minibatch]
+                num_tokens = rollout.mask[rows].sum()
+                for part in self._parts(rollout, estimates, rows, num_tokens):
+                    sums = self._backward(part, estimates.kl_loss_coef, policy=policy)
+                    error = sums.pop("ratio_max_error", 0.0)
+                    if not norms:
+                        self._check_ratio(error)
+                        first_error = max(first_error, error)
+                    for key, value in sums.items():
+                        totals[key] = totals.get(key, 0.0) + value
+                if policy and self._ptx is not None:
+                    ptx = self._backward_ptx() * float(num_tokens)
+                    totals["ptx_loss"] = totals.get("ptx_loss", 0.0) + ptx
+                norms.append(self._engine.step(trained))
+        return totals, norms, first_error
+
     def try_backward(self, sequences: Sequences) -> None:
         """Add the gradients of a micro-batch, whatever they are: for the memory that it takes."""
         mask = sequences.response_mask
         zeros = torch.zeros(mask.shape, device=mask.device)
         part = Part(sequences, mask, zeros, zeros, zeros, zeros, zeros, num_tokens=mask.sum())
-        self._backward(part, self._section.kl.loss_coef, policy=True)
+        with self._parted():
+            self._backward(part, self._section.kl.loss_coef, policy=True)
+
+    def _parted(self) -> AbstractContextManager[None]:
+        return self._layers.parted() if self._layers is not None else nullcontext()
 
     def _parts(
-        self, rollout: Rollout, estimates: Estimates, rows: list[int], num_tokens: Tensor
+        self, rollout: Rollout, estimates: Estimates, minibatch: list[int], num_tokens: Tensor
     ) -> list[Part]:
-        lengths = tuple(rollout.sequences.lengths[row] for row in rows)
-        parts = []
-        for indices in passes(lengths, self._section):
-            chosen = [rows[i] for i in indices]
+        """Return this process's passes over its rows of a minibatch."""
+        everywhere = [self._passes(rollout, rows) for rows in group.parts(minibatch)]
+        here, parts = everywhere[group.rank()], []
+        for chosen in here:
             sequences = rollout.sequences.rows(chosen)
             width = sequences.response_mask.shape[1]
             parts.append(
@@ -138,7 +161,15 @@ class Updater:
                     num_tokens=num_tokens,
                 )
             )
+        if self._layers is not None:
+            most = max(len(theirs) for theirs in everywhere)
+            parts += [_idle(parts[-1])] * (most - len(here))
         return parts
+
+    def _passes(self, rollout: Rollout, rows: Sequence[int]) -> list[list[int]]:
+        """Return the rows of each forward pass over some of a rollout's."""
+        lengths = tuple(rollout.sequences.lengths[row] for row in rows)
+        return [[rows[i] for i in indices] for indices in passes(lengths, self._section)]
 
     def _backward(self, part: Part, kl_loss_coef: float, *, policy: bool) -> dict[str, float]:
         """Add the gradients of one micro-batch; return token sums of what is logged.
@@ -223,3 +254,8 @@ class Updater:
                 " the same; the likely causes are dropout, padding or position ids that differ"
                 " between rollout and update, or another temperature"
             )
+
+
+def _idle(part: Part) -> Part:
+    """Return a pass through the same text of which no token counts: its gradients are zeros."""
+    return replace(part, mask=torch.zeros_like(part.mask))

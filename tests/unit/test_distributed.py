@@ -14,7 +14,7 @@ from align.published import CONFIGS
 from align.recipe_distributed import Distributed, rows_and_passes
 from align.recipe_io import load_recipe
 from align.recipe_types import Optimisation
-from align.zero import deepspeed_settings
+from align.zero import deepspeed_settings, layer_settings
 from data.order import SortedBatches, WholeBatches
 from launch.command import Python, stage_command
 from launch.plan import make_plan
@@ -51,8 +51,10 @@ def test_what_does_not_go_together_is_refused_by_name(overrides: list[str], mess
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["distributed.zero=3"], r"distributed.zero=3: .* has no PPO: .* run\.parents"),
-        (["ppo.layout=separate"], "ppo.layout=separate: PPO of all weights is not built in a"),
+        (
+            ["distributed.zero=3", "ppo.layout=separate", "ppo.value.layout=shared"],
+            r"ppo.layout=separate: what ppo trains .*; allowed: shared, or distributed.zero=2",
+        ),
         (["ppo.ptx={coef: 1.0}"], "ppo.ptx=.*: not built in a group"),
         (["ppo.rollout.engine=hf"], "ppo.rollout.engine=hf: not built in a group"),
         (["distributed.zero=1", "ppo.optimizer=adamw_8bit"], "ppo.optimizer=.*: not built with"),
@@ -103,6 +105,20 @@ def test_what_deepspeed_is_told() -> None:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2147483647,
+    }
+
+
+def test_ppo_leaves_weights_to_what_shares_out_the_layers() -> None:
+    recipe = load_recipe(LORA, ["distributed.zero=3", "distributed.offload=all"])
+    assert recipe.ppo is not None
+    optimizer = deepspeed_settings(recipe.distributed, recipe.ppo)["zero_optimization"]
+    assert (optimizer["stage"], optimizer["offload_optimizer"]) == (2, {"device": "cpu"})
+    assert "offload_param" not in optimizer
+    settings = layer_settings(recipe.distributed, recipe.ppo)["zero_optimization"]
+    assert settings == {
+        "stage": 3,
+        "memory_efficient_linear": False,  # else it would put its own in the place of torch's
+        "offload_param": {"device": "cpu"},
     }
 
 
@@ -171,6 +187,22 @@ def test_the_plan_of_lora_on_whole_bases() -> None:
     expected = (8 * 3 - 4) * (2 * adapter + 4096) // 4 - 4 * 5_000_000
     assert shares["ZeRO 0"] - shares["ZeRO 2"] == expected
     assert set(plan["deepspeed"]) == {"sft", "reward", "ppo"}
+
+
+def test_the_plan_of_ppo_with_shared_layers() -> None:
+    recipe = load_recipe(LORA)
+    (ppo,) = (
+        p for p in plan_recipe(recipe, read_shape(CONFIGS[recipe.base.id])) if p.stage == "ppo"
+    )
+    two, three, offloaded = (
+        ppo.ppo_together(4, zero, offload)
+        for zero, offload in ((2, "optimizer"), (3, "optimizer"), (3, "all"))
+    )
+    layers = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11_008)  # in bfloat16
+    # A quarter stays, and in updates one of 32 layers is whole.
+    assert three["rollout"] - two["rollout"] == layers // 4
+    assert two["update"] - three["update"] == layers - layers // 32 - layers // 4
+    assert three["update"] - offloaded["update"] == layers // 4
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,22 @@ def test_ppo_adds_up_its_gradients_before_each_update() -> None:
     assert facts["ppo"][4]["sent_bytes"] == 4 * 2 * (2 * adapter + 4 * 4096) * 3 // 4
 
 
+def test_ppo_gathers_the_layers_of_its_base_in_every_pass() -> None:
+    two, three, offloaded = (
+        plan(LORA, 4, f"distributed.zero={zero}", f"distributed.offload={offload}")
+        for zero, offload in ((2, "optimizer"), (3, "optimizer"), (3, "all"))
+    )
+    facts = [given["scaling"]["stages"]["ppo"][4] for given in (two, three, offloaded)]
+    # Once for the rollout; in 2 epochs of 64 / 32 updates of 8 passes for 8 responses, of policy
+    # and critic, forward and backward.
+    times = 1 + 2 * 2 * 8 * 2 * 2
+    layers = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11_008)  # in bfloat16
+    assert facts[1]["passes"] == facts[0]["passes"] == 2 * 2 * 8
+    assert facts[1]["sent_bytes"] - facts[0]["sent_bytes"] == times * layers * 3 // 4
+    assert facts[1]["moved_bytes"] == facts[0]["moved_bytes"]
+    assert facts[2]["moved_bytes"] - facts[1]["moved_bytes"] == times * layers // 4
+
+
 def test_steps_make_up_the_stage() -> None:
     recipe = load_recipe("miniature", ["data.prompts.heldout=[]"])
     shape = base_shape(recipe)

@@ -1,11 +1,6 @@
 """The optimiser that DeepSpeed shares out, in two gloo processes, beside PyTorch's AdamW."""
 
-import os
-import socket
-import subprocess
-import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +12,8 @@ from align.engine import Engine
 from align.errors import TrainingError
 from align.recipe_distributed import Distributed
 from align.recipe_ppo import Ppo
+from tests.two_processes import run_in_two
 
-ROOT = Path(__file__).resolve().parents[2]
 SECTION = Ppo(
     reward="align.functions:none",
     lr=1e-2,
@@ -42,24 +37,7 @@ ROWS_OF = [[0], [1, 2]]  # of each process, a pass for each row
 
 
 def test_two_processes_step_as_adamw_does() -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    settings = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    environment = os.environ | settings | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", f"from {__name__} import process; process()"]
-    started = [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": rank, "LOCAL_RANK": rank, "DS_ACCELERATOR": "cpu"},
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    said = [process.communicate(timeout=240)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+    run_in_two(__name__)
 
 
 def process() -> None:

@@ -1,0 +1,114 @@
+"""The layers of a base that two gloo processes share out: the same numbers, fewer of them held."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from align import group
+from align.recipe_distributed import Distributed, Offload
+from align.recipe_ppo import Ppo
+from align.roles import Roles
+from align.sequences import join
+from align.zero import layer_settings
+from align.zero_layers import ZeroLayers
+from tests import adapters, tiny
+from tests.two_processes import run_in_two
+from tests.unit.test_roles import PROMPTS, RESPONSES, head
+
+SECTION = Ppo(
+    reward="align.functions:none", lr=1.0, batch_size=4, minibatch_size=4, steps=1, max_new_tokens=4
+)
+KINDS = {"llama": tiny.llama, "gpt2": tiny.gpt2}
+CASES: tuple[tuple[str, str, Offload, bool], ...] = (  # the last: activations are recomputed
+    ("llama", "all", "none", True),
+    ("llama", "top-half", "none", False),
+    ("gpt2", "all", "none", False),
+    ("gpt2", "all", "all", True),
+)
+
+
+def test_shared_layers_give_what_whole_ones_do(tmp_path: Path) -> None:
+    for number, (kind, layers, _, _) in enumerate(CASES):
+        adapters.sft_adapter(KINDS[kind](), tmp_path / str(number), layers=layers)
+    run_in_two(__name__, str(tmp_path))
+
+
+def process(folder: str) -> None:
+    """What each of the two does."""
+    group.join(deepspeed=True, timeout=120.0)
+    for number, (kind, _, offload, recompute) in enumerate(CASES):
+        same_numbers(kind, Path(folder) / str(number), offload, recompute=recompute)
+    group.leave()
+
+
+def make_roles(kind: str, adapter: Path, *, recompute: bool) -> Roles:
+    return Roles(
+        KINDS[kind](),
+        {"policy": adapter, "reference": adapter, "value": adapter},
+        heads={"value": head(0)},
+        trainable=("policy", "value"),
+        recompute=recompute,
+    )
+
+
+def same_numbers(kind: str, adapter: Path, offload: Offload, *, recompute: bool) -> None:
+    plain, roles = (make_roles(kind, adapter, recompute=recompute) for _ in range(2))
+    distributed = Distributed(processes=2, zero=3, offload=offload)
+    shared = ZeroLayers(roles.base, layer_settings(distributed, SECTION))
+    kinds = ("DecoderLayer", "Block")
+    layers = [m for m in roles.base.modules() if type(m).__name__.endswith(kinds)]
+    assert len(layers) == roles.base.config.num_hidden_layers
+    assert_whole(roles, plain)
+
+    expected = numbers(plain)
+    assert_close(numbers(roles), expected, rtol=0, atol=0)  # whole: as if nothing were
+    seen: list[list[bool]] = []
+    watches = [watch(layer, layers, seen) for layer in layers]
+    with shared.parted():
+        assert not any(map(is_whole, layers))
+        assert_close(numbers(roles), expected, rtol=0, atol=0)
+        assert not any(map(is_whole, layers))
+        trained = [p for p in roles.base.parameters() if p.requires_grad]
+        assert all(p.numel() > 0 for p in trained)  # adapters stay
+    for handle in watches:
+        handle.remove()
+    assert seen
+    assert all(sum(whole) == 1 for whole in seen)  # the one that computes
+    assert_whole(roles, plain)
+
+
+def watch(
+    layer: nn.Module, layers: list[nn.Module], seen: list[list[bool]]
+) -> torch.utils.hooks.RemovableHandle:
+    """Note which layers are whole whenever the first norm of this one computes."""
+    norm = next(m for m in layer.modules() if "Norm" in type(m).__name__)
+    return norm.register_forward_hook(lambda *_: seen.append([is_whole(one) for one in layers]))
+
+
+def numbers(roles: Roles) -> list[torch.Tensor]:
+    """What policy and critic say of the same texts, and their gradients."""
+    roles.zero_grad(set_to_none=True)
+    batch = roles.with_trunk(join(PROMPTS, RESPONSES))
+    logprobs = roles.logprobs("policy", batch)
+    logprobs.square().sum().backward()
+    values = roles.values(batch)
+    values.square().sum().backward()
+    trained = [p for role in ("policy", "value") for p in roles.role_parameters(role)]
+    gradients = [p.grad for p in trained if p.grad is not None]
+    assert len(gradients) == len(trained)
+    return [logprobs.detach(), values.detach(), roles.logprobs("reference", batch).detach()] + [
+        gradient.clone() for gradient in gradients
+    ]
+
+
+def is_whole(layer: nn.Module) -> bool:
+    own = [p.numel() > 0 for name, p in layer.named_parameters() if "lora_" not in name]
+    assert any(own) == all(own)
+    return all(own)
+
+
+def assert_whole(roles: Roles, plain: Roles) -> None:
+    for (name, ours), theirs in zip(roles.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
