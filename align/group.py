@@ -38,15 +38,16 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def join(*, deepspeed: bool, timeout: float) -> None:
+def join(*, deepspeed: bool, timeout: float, nvme: bool = False) -> None:
     """Meet the others, and take a GPU of one's own. To be called once, before any model is loaded.
 
     Args:
         deepspeed: it will train.
         timeout: seconds that each waits for the others, whenever it does.
+        nvme: DeepSpeed will keep what it offloads on a disk.
 
     Raises:
-        InputError: there are more processes than GPUs.
+        InputError: there are more processes than GPUs, or nothing with which to write to the disk.
     """
     if "WORLD_SIZE" not in os.environ:
         return
@@ -60,6 +61,11 @@ def join(*, deepspeed: bool, timeout: float) -> None:
 
         # On a CPU it would be compiled whenever a group is made; gloo does without it.
         operations["deepspeed_shm_comm"] = False
+        if nvme and not operations["async_io"]:
+            raise InputError(
+                "distributed.nvme_path: DeepSpeed cannot write to a disk here without libaio;"
+                " install its development files (libaio-dev), or leave the key out"
+            )
     limit = timedelta(seconds=timeout)
     # Also that of the groups that DeepSpeed makes for itself: nccl's own, 10 minutes, is too short.
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):

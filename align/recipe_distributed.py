@@ -25,6 +25,9 @@ class Distributed(Section):
     zero: Zero = 0
     # What lies in main memory: the optimiser's states, or the weights as well (with zero=3).
     offload: Offload = "none"
+    # A folder on a fast disk for what is offloaded, in the place of main memory (with zero=3; not
+    # in ppo, and without checkpoints). DeepSpeed needs libaio for it.
+    nvme_path: str | None = None
     # How long a process waits for the others before it takes one of them for hanging. The first
     # scores, measures and saves for all: it has to be longer than that takes.
     timeout_minutes: PositiveFloat = 30.0
@@ -35,6 +38,9 @@ class Distributed(Section):
             refuse("offload", "is a part of ZeRO, which zero=0 turns off; allowed with it: none")
         if self.offload == "all" and self.zero != 3:
             refuse("offload", f"weights are whole with zero={self.zero}; allowed: none, optimizer")
+        if self.nvme_path is not None and (self.zero != 3 or self.offload == "none"):
+            found = f"zero={self.zero}, offload={self.offload}"
+            refuse("nvme_path", f"nothing is offloaded there with {found}; allowed with it: null")
         return self
 
     @property
@@ -47,6 +53,9 @@ class Distributed(Section):
         if not self.together:
             return []
         problems = self._method_problems(recipe) + self._stage_problems(recipe)
+        if self.nvme_path is not None and recipe.run.keep_checkpoints:
+            needed = "not built with distributed.nvme_path, where the states lie; allowed: 0"
+            problems.append(("run.keep_checkpoints", needed))
         return problems + (self._ppo_problems(recipe.ppo) if recipe.ppo else [])
 
     def _method_problems(self, recipe: "Recipe") -> list[tuple[str, str]]:
@@ -98,11 +107,11 @@ class Distributed(Section):
     def _ppo_problems(self, ppo: "Ppo") -> list[tuple[str, str]]:
         problems = []
         beside = f"in a group (distributed.processes={self.processes}, zero={self.zero})"
+        if self.nvme_path is not None:
+            problems.append(("distributed.nvme_path", "not built for ppo; allowed with it: null"))
         for role in ppo.own_models if self.zero == 3 else ():
             key = "ppo.layout" if role == "policy" else "ppo.value.layout"
-            needed = (
-                "what ppo trains is whole in every process, zero=3 or not"
-            )
+            needed = "what ppo trains is whole in every process, zero=3 or not"
             problems.append((key, f"{needed}; allowed: shared, or distributed.zero=2"))
         if ppo.ptx is not None:
             problems.append(("ppo.ptx", f"not built {beside}; leave it out"))

@@ -25,11 +25,14 @@ def deepspeed_settings(distributed: Distributed, section: Optimisation) -> dict[
     batch, (rows, passes) = section.batch_size, rows_and_passes(section, distributed)
     stage = min(distributed.zero, 2) if isinstance(section, Ppo) else distributed.zero
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET}
+    place = {"device": "cpu"}
+    if distributed.nvme_path is not None:
+        place = {"device": "nvme", "nvme_path": distributed.nvme_path}
     if distributed.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu"}
+        zero["offload_optimizer"] = place
     if stage == 3:
         if distributed.offload == "all":
-            zero["offload_param"] = {"device": "cpu"}
+            zero["offload_param"] = place
         # Small tensors are shared out, too: those kept whole would need to be of one precision.
         zero["stage3_param_persistence_threshold"] = 0
     if isinstance(section, Ppo):

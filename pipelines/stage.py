@@ -330,7 +330,8 @@ def _run(job: StageJob) -> None:
     quiet_libraries()
     seed_generators(job.recipe)
     chosen = job.recipe.distributed
-    group.join(deepspeed=chosen.zero > 0, timeout=60 * chosen.timeout_minutes)
+    timeout, nvme = 60 * chosen.timeout_minutes, chosen.nvme_path is not None
+    group.join(deepspeed=chosen.zero > 0, timeout=timeout, nvme=nvme)
     module = importlib.import_module(_MODULES[job.stage])
     result: StageResult | None = module.run(job)
     if result is None:

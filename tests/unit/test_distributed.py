@@ -41,6 +41,14 @@ LORA, FULL = "llama2-7b/lora-zero2", "llama2-7b/full-zero3-offload"
             "sft.batch_size=24: counts over all processes, and 8 processes x 2",
         ),
         (["sft.micro_batch_size=null", "sft.batch_size=12"], "allowed: multiples of 8"),
+        (
+            ["distributed.nvme_path=/nvme", "distributed.offload=none"],
+            "distributed.nvme_path=/nvme: nothing is offloaded there with zero=3, offload=none",
+        ),
+        (
+            ["distributed.nvme_path=/nvme"],
+            "run.keep_checkpoints: not built with distributed.nvme_path, where the states lie",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_name(overrides: list[str], message: str) -> None:
@@ -106,6 +114,25 @@ def test_what_deepspeed_is_told() -> None:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2147483647,
     }
+
+
+def test_a_fast_disk_is_passed_on() -> None:
+    section = Optimisation(lr=1e-3, batch_size=24)
+    chosen = Distributed(processes=2, zero=3, offload="all", nvme_path="/nvme")
+    zero = deepspeed_settings(chosen, section)["zero_optimization"]
+    place = {"device": "nvme", "nvme_path": "/nvme"}
+    assert (zero["offload_optimizer"], zero["offload_param"]) == (place, place)
+
+
+def test_a_disk_without_libaio_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.ops import __compatible_ops__ as operations
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(group, "_end_with_starter", lambda: None)
+    monkeypatch.setitem(operations, "deepspeed_shm_comm", False)
+    monkeypatch.setitem(operations, "async_io", False)
+    with pytest.raises(InputError, match=r"distributed.nvme_path: .* without libaio"):
+        group.join(deepspeed=True, timeout=1.0, nvme=True)
 
 
 def test_ppo_leaves_weights_to_what_shares_out_the_layers() -> None:
