@@ -104,6 +104,17 @@ def test_all_weights(root: Path, zero: int) -> None:
 
 
 @pytest.mark.slow
+def test_all_weights_in_every_stage(root: Path) -> None:
+    whole = ("base.dtype=float32", "adapter={method: full}", "evaluate=null")
+    made = alone(root, "whole", LORA, ("sft", "reward"), *whole, "ppo=null")
+    others = [word for word in SETTINGS if not word.startswith(("adapter", "base", "evaluate"))]
+    settings = [*others, *whole, parent(made)[0], "sft=null"]
+    settings += [f"run.parents.reward={made / 'reward'}", "ppo.layout=separate"]
+    expected = alone(root, "whole-one", LORA, ("ppo",), *settings) / "ppo"
+    check_same(align(root, "ppo", LORA, "whole-2", *settings, "--nproc", "2") / "ppo", expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_on_a_4_bit_base(root: Path, zero: int) -> None:
     settings = [*SETTINGS, *parents(root, *NF4)]
