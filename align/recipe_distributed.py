@@ -113,8 +113,10 @@ class Distributed(Section):
             key = "ppo.layout" if role == "policy" else "ppo.value.layout"
             needed = "what ppo trains is whole in every process, zero=3 or not"
             problems.append((key, f"{needed}; allowed: shared, or distributed.zero=2"))
-        if ppo.ptx is not None:
-            problems.append(("ppo.ptx", f"not built {beside}; leave it out"))
+        if ppo.ptx is not None and ppo.ptx.batch_size % self.processes:
+            needed = f"the {self.processes} processes cannot share it equally"
+            allowed = f"allowed: multiples of {self.processes}"
+            problems.append(("ppo.ptx.batch_size", f"{needed}; {allowed}"))
         if ppo.rollout.engine == "hf":
             problems.append(("ppo.rollout.engine", f"not built {beside}; allowed: native"))
         parts = self.processes * (ppo.micro_batch_size or 1)

@@ -1,10 +1,11 @@
 """Language modelling beside PPO, so that the policy keeps what it could (PPO-ptx)."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from align import group
 from align.functional import masked_sum
 from align.models import check_lengths
 from align.recipe_ppo import Ppo
@@ -47,23 +48,38 @@ class Ptx:
         self._batch_size = ptx.batch_size
         self._seed = derive_seed(job.recipe.seed, "ptx")
 
-    def losses(self, roles: Roles, step: int) -> Iterator[Tensor]:
+    def losses(self, roles: Roles, step: int, *, in_step: bool = False) -> Iterator[Tensor]:
         """Return the policy's loss on the batch of an optimiser step, pass by pass.
 
         Their sum is the mean negative log-likelihood of the batch's learned tokens, in nats, at
         temperature 1; each row's first token is never predicted. Backward one before asking for the
         next: passes are cut as those of PPO are, so that the batch need not fit into memory at
-        once.
+        once. Of several processes each gets the losses on its part of the batch; the sum is over
+        all.
 
         Args:
             step: counted from 0 over the whole run; says which rows are drawn.
+            in_step: all processes get equally many; those with fewer passes some that are 0.
         """
         chosen = draw(len(self._rows), step * self._batch_size, self._batch_size, self._seed)
         rows = [self._rows[number] for number in chosen]
         num_tokens = sum(label != IGNORED for row in rows for label in row.labels[1:])
-        for part in passes([len(row.input_ids) for row in rows], self._section):
-            logprobs, learned = learned_logprobs(roles, "policy", [rows[i] for i in part])
-            yield -masked_sum(logprobs, learned) / num_tokens
+        everywhere = [self._passes(rows, part) for part in group.parts(range(len(rows)))]
+        here = everywhere[group.rank()]
+        for part in here:
+            yield self._loss(roles, part, num_tokens)
+        if in_step:
+            for _ in range(max(map(len, everywhere)) - len(here)):
+                yield 0.0 * self._loss(roles, here[-1], num_tokens)
+
+    def _passes(self, rows: list[Tokens], chosen: Sequence[int]) -> list[list[Tokens]]:
+        """Return the rows of each forward pass over some of a batch's."""
+        found = passes([len(rows[number].input_ids) for number in chosen], self._section)
+        return [[rows[chosen[i]] for i in part] for part in found]
+
+    def _loss(self, roles: Roles, rows: list[Tokens], num_tokens: int) -> Tensor:
+        logprobs, learned = learned_logprobs(roles, "policy", rows)
+        return -masked_sum(logprobs, learned) / num_tokens
 
 
 def _demonstrations(

@@ -236,11 +236,12 @@ class Updater:
         return loss, sums
 
     def _backward_ptx(self) -> float:
-        """Add the gradient of language modelling, and return its loss."""
+        """Add the gradient of language modelling, and return this process's part of its loss."""
         assert self._ptx is not None
         assert self._section.ptx is not None
         total = 0.0
-        for loss in self._ptx.losses(self._roles, self.ptx_steps):
+        in_step = self._layers is not None
+        for loss in self._ptx.losses(self._roles, self.ptx_steps, in_step=in_step):
             self._engine.backward(self._section.ptx.coef * loss)
             total += float(loss.detach())
         self.ptx_steps += 1

@@ -104,6 +104,15 @@ def test_all_weights(root: Path, zero: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("zero", [2, 3])
+def test_with_language_modelling(root: Path, zero: int) -> None:
+    settings = [*SETTINGS, *parents(root), "ppo.ptx={coef: 2.0, batch_size: 4}"]
+    expected = alone(root, f"ptx-one-{zero}", LORA, ("ppo",), *settings) / "ppo"
+    way = (f"distributed.zero={zero}", "--nproc", "2")
+    check_same(align(root, "ppo", LORA, f"ptx-{zero}", *settings, *way) / "ppo", expected)
+
+
+@pytest.mark.slow
 def test_all_weights_in_every_stage(root: Path) -> None:
     whole = ("base.dtype=float32", "adapter={method: full}", "evaluate=null")
     made = alone(root, "whole", LORA, ("sft", "reward"), *whole, "ppo=null")

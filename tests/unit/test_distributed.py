@@ -63,7 +63,7 @@ def test_what_does_not_go_together_is_refused_by_name(overrides: list[str], mess
             ["distributed.zero=3", "ppo.layout=separate", "ppo.value.layout=shared"],
             r"ppo.layout=separate: what ppo trains .*; allowed: shared, or distributed.zero=2",
         ),
-        (["ppo.ptx={coef: 1.0}"], "ppo.ptx=.*: not built in a group"),
+        (["ppo.ptx={coef: 1.0, batch_size: 4}"], "ppo.ptx.batch_size.* allowed: multiples of 3"),
         (["ppo.rollout.engine=hf"], "ppo.rollout.engine=hf: not built in a group"),
         (["distributed.zero=1", "ppo.optimizer=adamw_8bit"], "ppo.optimizer=.*: not built with"),
         (["ppo.minibatch_size=16"], "the 3 processes cannot share it equally; allowed: multiples"),

@@ -116,6 +116,21 @@ def test_loss_and_gradient_do_not_depend_on_the_micro_batches(world, cut):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_processes_share_a_batch_and_its_loss(world, monkeypatch):
+    made = ptx(world, DEMONSTRATIONS, ppo={"max_tokens_per_microbatch": 52})
+    whole = [loss.item() for loss in made.losses(world.roles, 0)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parts, even = [], []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        parts.append([loss.item() for loss in made.losses(world.roles, 0)])
+        even.append([loss.item() for loss in made.losses(world.roles, 0, in_step=True)])
+    assert sum(map(sum, parts)) == pytest.approx(sum(whole), rel=1e-5)
+    assert len(parts[0]) != len(parts[1])
+    assert len(even[0]) == len(even[1])
+    assert [[loss for loss in losses if loss] for losses in even] == parts
+
+
 def test_loss_on_plain_text_is_language_modelling_up_to_the_limit(world):
     loss = whole_loss(ptx(world, TEXTS, "pretrain", batch_size=3), world.roles, 0)
     total, count = 0.0, 0
