@@ -180,10 +180,10 @@ def _reward(setup: Setup) -> StagePlan:
     rankings, _ = rows_and_passes(section, recipe.distributed)
     rows = rankings * responses_per_ranking(recipe)
     weights, trained = setup.model("reward", head=False)
-    scores = len(section.labels) or 1
-    gradients, states = training_items([*trained, scores * shape.hidden], section)
+    maps = setup.maps()
+    gradients, states = training_items([*trained, *maps], section)
     # PEFT keeps the head as it was beside the one that is trained.
-    head = setup.head("reward", rows=scores * (1 if setup.full else 2))
+    head = setup.head("reward", weights=sum(maps) * (1 if setup.full else 2))
     kept = [overhead("reward"), *weights, head, states]
     if section.base is None:
         tokens = rankings * ranking_tokens(recipe)
@@ -262,7 +262,9 @@ def _ppo(setup: Setup) -> StagePlan:
 def _roles(setup: Setup, section: Ppo) -> tuple[list[Item], list[int], list[int]]:
     """Return the roles' own weights, and the sizes of the policy's and critic's tensors."""
     shape = setup.shape
-    items = [setup.adapter("reference"), *_reward_roles(setup, section), setup.head("value")]
+    critic = _critic_maps(setup, section)
+    head = setup.head("value", sum(critic))
+    items = [setup.adapter("reference"), *_reward_roles(setup, section), head]
     sizes: dict[str, list[int]] = {"policy": [], "value": []}
     whole = {"policy": shape.parameters, "value": shape.parameters - shape.head}
     for role in sizes if section.value.trunk == "own" else ("policy",):
@@ -273,7 +275,16 @@ def _roles(setup: Setup, section: Ppo) -> tuple[list[Item], list[int], list[int]
         else:
             items.append(setup.adapter(role))
             sizes[role] = shape.lora_tensors(setup.recipe.adapter)
-    return items, sizes["policy"], [*sizes["value"], shape.hidden]
+    return items, sizes["policy"], [*sizes["value"], *critic]
+
+
+def _critic_maps(setup: Setup, section: Ppo) -> list[int]:
+    """Return the sizes of the maps in the critic's head, which may start as the reward model's."""
+    reward = setup.recipe.reward
+    on_reward = section.value.trunk == "own" and section.needs_reward_stage
+    if reward is None or reward.base is not None or reward.labels or not on_reward:
+        return [setup.shape.hidden]
+    return setup.maps()
 
 
 def _reward_roles(setup: Setup, section: Ppo | None) -> list[Item]:
@@ -285,12 +296,11 @@ def _reward_roles(setup: Setup, section: Ppo | None) -> list[Item]:
         names = set()
     if recipe.reward is not None and recipe.reward.base is not None:
         names -= {"reward"}  # it reads the text, on a base of its own
-    roles = {f"reward{number or ''}": 1 for number in range(len(names))}
-    if "reward" in names and recipe.reward is not None:  # its own comes first
-        roles["reward"] = len(recipe.reward.labels) or 1
-    return [
-        i for role, rows in roles.items() for i in (setup.adapter(role), setup.head(role, rows))
-    ]
+    roles = {f"reward{number or ''}": setup.shape.hidden for number in range(len(names))}
+    if "reward" in names:  # its own comes first
+        roles["reward"] = sum(setup.maps())
+    items = ((setup.adapter(role), setup.head(role, maps)) for role, maps in roles.items())
+    return [item for pair in items for item in pair]
 
 
 def _logprobs(setup: Setup, section: Ppo, rows: int) -> list[Item]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from align.plan_items import Item
 from align.plan_memory import (
@@ -129,13 +130,21 @@ class Setup:
         count = self.shape.parameters - (0 if head else self.shape.head)
         return [Item(f"model: {role}", count * FLOAT, f"{count:,} x {FLOAT} B", "weights")], [count]
 
-    def head(self, role: str, rows: int = 1) -> Item:
+    def maps(self) -> list[int]:
+        """Return the sizes of the maps in the head of the recipe's own reward model."""
+        section, hidden = self.recipe.reward, self.shape.hidden
+        if section is None:
+            return [hidden]
+        sizes = (hidden, *section.head.widths(hidden), len(section.labels) or 1)
+        return [a * b for a, b in pairwise(sizes)]
+
+    def head(self, role: str, weights: int) -> Item:
         """Return a role's score head, whose shift and scale count as two numbers.
 
         Args:
-            rows: of weights: scores of a text, of all copies.
+            weights: in its maps, of all their copies.
         """
-        count = rows * self.shape.hidden + 2
+        count = weights + 2
         return Item(f"head: {role}", count * FLOAT, f"{count:,} x {FLOAT} B", "weights")
 
     def activations(

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from align.recipe_adapter import Adapter, Method
 from align.recipe_types import (
     NotNegativeFloat,
+    Positive,
     PositiveFloat,
     Section,
     Strings,
@@ -92,6 +93,23 @@ class RewardBase(Section):
         return self
 
 
+class Head(Section):
+    """What makes a score, or a classifier's logits, of a state: linear maps, a GELU between two."""
+
+    depth: Positive = 1  # how many maps
+    width: Positive | None = None  # of the states between two; null: the base's
+
+    @model_validator(mode="after")
+    def _check(self) -> "Head":
+        if self.width is not None and self.depth == 1:
+            refuse("width", "is of the states between two maps; allowed with depth=1: null")
+        return self
+
+    def widths(self, hidden_size: int) -> tuple[int, ...]:
+        """Return how wide the states between the maps are, on a base of that width."""
+        return (self.width or hidden_size,) * (self.depth - 1)
+
+
 _NO_PREFIX = "an encoder has no cache for keys and values"
 
 
@@ -99,6 +117,7 @@ class Reward(Watched):
     """The ranking reward model. ``batch_size`` counts prompts, each with all its responses."""
 
     base: RewardBase | None = None  # null: the SFT model
+    head: Head = Head()
     epochs: PositiveFloat = 1.0
     # pairs: Bradley-Terry on all pairs of a prompt. listwise: Plackett-Luce on its whole order.
     # classes: cross-entropy on rows with a label each; the model is a classifier.
@@ -117,6 +136,8 @@ class Reward(Watched):
     # Weight of language modelling on the best responses, which keeps the backbone's language.
     aux_lm_coef: NotNegativeFloat = 0.0
     center_on: Literal["demonstrations", "none"] = "demonstrations"
+    # Bring the scores of these to a standard deviation of 1 as well.
+    scale_on: Literal["demonstrations", "none"] = "none"
 
     @model_validator(mode="after")
     def _check(self) -> "Reward":
@@ -126,6 +147,8 @@ class Reward(Watched):
         if self.loss == "classes":
             self._check_classes()
             return self
+        if self.scale_on != self.center_on == "none":
+            refuse("scale_on", "needs center_on=demonstrations; allowed without it: none")
         of_pairs = [
             name
             for name, given in (
@@ -154,6 +177,7 @@ class Reward(Watched):
             "centering_coef": 0.0,
             "aux_lm_coef": 0.0,
             "center_on": "none",
+            "scale_on": "none",
         }
         why = "is a matter of ranked responses, and loss=classes has none; allowed:"
         problems = [
@@ -180,6 +204,9 @@ class Reward(Watched):
 
     def _problems_with_encoder(self, base: RewardBase, method: Method) -> list[tuple[str, str]]:
         problems = []
+        if self.head.depth > 1 and base.pooling == "cls":
+            why = "pooling=cls has the head of transformers' classifier"
+            problems.append(("reward.head.depth", f"{why}; allowed with it: 1"))
         if self.aux_lm_coef:
             why = "reads output embeddings, which the encoder of reward.base has none of"
             problems.append(("reward.aux_lm_coef", f"{why}; allowed with it: 0"))

@@ -40,7 +40,7 @@ from data.records import Message
 from data.render import Renderer, render_all
 from pipelines.load_roles import LoadedRoles, load_roles
 from pipelines.stage import StageJob
-from reward.calibrate import read_labels
+from reward.calibrate import read_labels, read_widths
 from reward.head import load_score_head
 from reward.model import load_reward_model, plain_classifier
 
@@ -108,6 +108,11 @@ def write_reward_model(
 
     Args and errors: as above; the model in ``folder`` has its head with it.
     """
+    if read_widths(folder):
+        raise InputError(
+            f"{folder}: its head has several maps, and transformers' classifiers of decoders have"
+            " one; exported are models of reward.head.depth=1"
+        )
     loaded = load_roles(job, {"reward": folder}, max_new_tokens=0, engine="hf")
     sequences = _sequences(job.recipe, loaded, texts)
     trained = _scores(loaded.roles, sequences)

@@ -93,7 +93,8 @@ def run(job: StageJob) -> StageResult | None:
     batch_size = _scoring_batch(section)
     score = _scorer(model, batch_size, tokens.pad_id)
     if tokens.demonstrations:
-        model.calibrate(*center_on(score(tokens.demonstrations)))
+        unit_spread = section.scale_on == "demonstrations"
+        model.calibrate(*center_on(score(tokens.demonstrations), unit_spread=unit_spread))
         model.write_calibration(folder)
     longest = recipe.data.max_response_tokens
     metrics = share | task.measure(score, tokens.train, tokens.heldout, longest, job.log.note)

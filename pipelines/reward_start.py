@@ -84,7 +84,8 @@ def _new_on_sft(
     base_parameters = start.num_parameters()
     lm_head = output_head(start) if recipe.reward.aux_lm_coef else None
     seed = derive_seed(recipe.seed, "reward", "head")
-    model = new_reward_model(start, recipe.adapter, sft, seed, recipe.reward.labels)
+    section = recipe.reward
+    model = new_reward_model(start, recipe.adapter, sft, seed, section.labels, section.head)
     return base_parameters, model, lm_head
 
 
@@ -95,7 +96,8 @@ def _load_on_base(recipe: Recipe, location: str, folder: Path) -> RewardModel:
 
 def _from_encoder(job: StageJob, section: RewardBase) -> Start:
     recipe = job.recipe
-    labels = recipe.reward.labels if recipe.reward is not None else ()
+    assert recipe.reward is not None
+    labels, head = recipe.reward.labels, recipe.reward.head
     encoder = read_encoder(recipe, section)
     job.check_origin(encoder.tokenizer, encoder.facts)
     limits, form = recipe.data, encoder.form
@@ -105,7 +107,7 @@ def _from_encoder(job: StageJob, section: RewardBase) -> Start:
     def new() -> tuple[int, EncoderReward, None]:
         seed = derive_seed(recipe.seed, "reward", "head")
         at, settings = encoder.location, encoder.settings
-        model = new_encoder_reward(at, settings, adapter, form, seed, labels)
+        model = new_encoder_reward(at, settings, adapter, form, seed, labels, head)
         return base_parameters, model, None
 
     return Start(

@@ -8,11 +8,11 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from align.errors import ParentError
+from align.errors import ParentError, TrainingError
 
 SCORE_FILE = "score.json"
 
@@ -28,32 +28,50 @@ class Calibration(NamedTuple):
     scale: float
 
 
-def center_on(raw_scores: Tensor) -> Calibration:
+def center_on(raw_scores: Tensor, *, unit_spread: bool = False) -> Calibration:
     """Return the calibration under which these scores average 0 (Ouyang et al. 2022, app. C.2).
 
         mean((raw - shift) / scale) = 0   <=>   shift = mean(raw)
 
     ``scale`` is 1: the spread stays in the unit of the ranking loss, where a difference d between
     two responses means that the better one wins with probability sigmoid(d), and where margins
-    and the KL coefficient are meant.
+    and the KL coefficient are meant. Or, with ``unit_spread``, it is the standard deviation (the
+    biased one, of exactly these scores), so that theirs becomes 1.
 
     Args:
         raw_scores: ``[N]``, N > 0, under shift 0 and scale 1.
+
+    Raises:
+        TrainingError: all scores are the same, and have no spread.
     """
-    return Calibration(raw_scores.double().mean().item(), 1.0)
+    raw = raw_scores.double()
+    scale = raw.std(correction=0).item() if unit_spread else 1.0
+    if scale == 0:
+        raise TrainingError(
+            f"reward.scale_on=demonstrations: all {len(raw)} scores are {raw[0].item():g}, without"
+            " a spread; use scale_on=none"
+        )
+    return Calibration(raw.mean().item(), scale)
 
 
 def write_calibration(
-    folder: Path, shift: float, scale: float, labels: Sequence[str], **form: object
+    folder: Path,
+    shift: float,
+    scale: float,
+    labels: Sequence[str],
+    widths: Sequence[int],
+    **form: object,
 ) -> None:
     """Write ``score.json``.
 
     Args:
         labels: of a classifier, in the order of its logits.
+        widths: inside a deep head.
         form: what else has to be known to read a score; an encoder has such facts.
     """
     named = {"labels": list(labels)} if labels else {}
-    text = json.dumps({"shift": shift, "scale": scale} | named | form, indent=2)
+    deep = {"head_widths": list(widths)} if widths else {}
+    text = json.dumps({"shift": shift, "scale": scale} | named | deep | form, indent=2)
     (folder / SCORE_FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -74,17 +92,38 @@ def read_calibration(folder: str | Path) -> Calibration:
     return Calibration(shift, scale)
 
 
+def read_widths(folder: str | Path) -> tuple[int, ...]:
+    """Return the widths inside a deep head, from ``score.json``; () for a linear one.
+
+    Raises:
+        RewardModelError: the file is missing, or they are no list of positive whole numbers.
+    """
+    widths = _read(folder).get("head_widths", [])
+    if not isinstance(widths, list) or not all(type(w) is int and w > 0 for w in widths):
+        found = f"head_widths={widths}; a list of positive whole numbers is needed"
+        raise RewardModelError(f"{Path(folder) / SCORE_FILE}: {found}")
+    return tuple(widths)
+
+
 def read_labels(folder: str | Path) -> tuple[str, ...]:
     """Return the labels in ``score.json``, in the order of a classifier's logits; () for scores.
 
     Raises:
         RewardModelError: the file is missing, or they are no list of text.
     """
-    path = Path(folder) / SCORE_FILE
-    try:
-        labels = json.loads(path.read_text(encoding="utf-8")).get("labels", [])
-    except (OSError, ValueError, AttributeError) as error:
-        raise RewardModelError(f"{path}: cannot be read: {error!r}") from None
+    labels = _read(folder).get("labels", [])
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        path = Path(folder) / SCORE_FILE
         raise RewardModelError(f"{path}: labels={labels}; a list of text is needed")
     return tuple(labels)
+
+
+def _read(folder: str | Path) -> dict[str, Any]:
+    path = Path(folder) / SCORE_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RewardModelError(f"{path}: cannot be read: {error!r}") from None
+    if not isinstance(content, dict):
+        raise RewardModelError(f"{path}: cannot be read: a JSON object is needed")
+    return content

@@ -11,6 +11,7 @@ What is saved is a PEFT adapter with the head in it, or a whole sequence classif
 import copy
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -30,17 +31,18 @@ from align.adapters import WEIGHTS, is_adapter, save_trained, share_config
 from align.errors import InputError
 from align.models import first_line
 from align.recipe_adapter import Adapter
-from align.recipe_reward import Pooling
+from align.recipe_reward import Head, Pooling
 from align.weights import check_fits, read_tensors, shapes
 from reward.calibrate import (
     SCORE_FILE,
     RewardModelError,
     read_calibration,
     read_labels,
+    read_widths,
     write_calibration,
 )
-from reward.head import new_score_weight
-from reward.model import bare, name_labels
+from reward.head import draw_maps, score_maps, widths_of
+from reward.model import LINEAR, bare, name_labels
 
 Classifier = PeftModel | PreTrainedModel
 
@@ -78,6 +80,13 @@ class EncoderReward(nn.Module):
         body: PreTrainedModel = bare(self.classifier).base_model
         return body
 
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        """Those inside a deep head, which the encoder's own is not."""
+        head: Any = getattr(bare(self.classifier), HEAD, None)
+        trained = getattr(head, "modules_to_save", {"default": head})["default"]
+        return widths_of(trained)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Score rows ``[B, T]`` of prompt and response, as ``RewardModel`` does."""
         classifier = bare(self.classifier)
@@ -106,7 +115,7 @@ class EncoderReward(nn.Module):
     def write_calibration(self, folder: Path) -> None:
         """Write ``score.json`` anew."""
         numbers = self.shift.item(), self.scale.item()
-        write_calibration(folder, *numbers, self.labels, **self.form._asdict())
+        write_calibration(folder, *numbers, self.labels, self._widths, **self.form._asdict())
 
 
 def left_aligned(input_ids: Tensor, mask: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -164,6 +173,7 @@ def new_encoder_reward(
     form: Form,
     seed: int,
     labels: tuple[str, ...] = (),
+    head: Head = LINEAR,
 ) -> EncoderReward:
     """Start a reward model from an encoder.
 
@@ -172,6 +182,7 @@ def new_encoder_reward(
         settings: of ``from_pretrained``; see ``align.models.load_settings``.
         seed: of all that is drawn.
         labels: of a classifier.
+        head: its depth and width, with pooling ``mean``.
 
     Raises:
         InputError: transformers has no classifier of this kind, or the base has nothing that the
@@ -179,11 +190,10 @@ def new_encoder_reward(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = _load_classifier(location, settings, form.pooling, labels)
+        widths = head.widths(settings["config"].hidden_size)
+        classifier = _load_classifier(location, settings, form.pooling, labels, widths)
         if form.pooling == "mean":
-            head = classifier.score
-            with torch.no_grad():
-                head.weight.copy_(new_score_weight(head.in_features, seed, head.out_features))
+            draw_maps(classifier.score, seed)
         config = adapter_config(adapter, "SEQ_CLS", classifier, _heads(classifier))
         trained: Classifier = classifier.requires_grad_(config is None)
         if config is not None:
@@ -204,13 +214,13 @@ def load_encoder_reward(
         ParentError: the folder is incomplete, or does not fit the base.
     """
     folder = Path(folder)
-    form, labels = read_form(folder), read_labels(folder)
+    form, labels, widths = read_form(folder), read_labels(folder), read_widths(folder)
     shift, scale = read_calibration(folder)
     classifier: Any
     if is_adapter(folder):
         assert location is not None
         assert settings is not None
-        base = _load_classifier(location, settings, form.pooling, labels)
+        base = _load_classifier(location, settings, form.pooling, labels, widths)
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
         classifier = PeftModel(base, config)
@@ -221,7 +231,8 @@ def load_encoder_reward(
     else:
         config = AutoConfig.from_pretrained(folder)
         name_labels(config, labels)
-        classifier = _pooled(AutoModelForSequenceClassification.from_config(config), form.pooling)
+        empty = AutoModelForSequenceClassification.from_config(config)
+        classifier = _pooled(empty, form.pooling, widths)
         found = _tensors(folder, sorted(folder.glob("*.safetensors")), classifier.state_dict())
         classifier.load_state_dict(found)
     model = EncoderReward(classifier, form, labels)
@@ -248,7 +259,11 @@ def read_form(folder: Path) -> Form:
 
 
 def _load_classifier(
-    location: str, settings: dict[str, Any], pooling: Pooling, labels: tuple[str, ...]
+    location: str,
+    settings: dict[str, Any],
+    pooling: Pooling,
+    labels: tuple[str, ...],
+    widths: Sequence[int],
 ) -> Any:
     config = copy.deepcopy(settings["config"])
     name_labels(config, labels)
@@ -257,17 +272,17 @@ def _load_classifier(
         classifier = AutoModelForSequenceClassification.from_pretrained(location, **settings)
     except (OSError, ValueError) as error:
         raise InputError(first_line(error)) from error
-    return _pooled(classifier, pooling).eval()
+    return _pooled(classifier, pooling, widths).eval()
 
 
-def _pooled(classifier: Any, pooling: Pooling) -> Any:
-    """Return the classifier; with a linear head in the place of its own for averaged states."""
+def _pooled(classifier: Any, pooling: Pooling, widths: Sequence[int]) -> Any:
+    """Return the classifier; for averaged states with a head of ours in the place of its own."""
     if pooling == "mean":
         for name in _heads(classifier):
             owner = classifier if name in classifier._modules else classifier.base_model
             setattr(owner, name, None)
         sizes = classifier.config.hidden_size, classifier.config.num_labels
-        setattr(classifier, HEAD, nn.Linear(*sizes, bias=False, dtype=torch.float32))
+        setattr(classifier, HEAD, score_maps(*sizes, widths))
     return classifier
 
 

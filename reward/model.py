@@ -11,6 +11,7 @@ in it), or transformers for a whole sequence classifier, and ``score.json`` with
 that turn raw scores into the model's scores, and a classifier's labels.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,18 +25,26 @@ from peft import (
     set_peft_model_state_dict,
 )
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from align.adapter_methods import adapter_config
 from align.adapters import WEIGHTS, save_trained, share_config, trained_method
 from align.attention import is_packed
 from align.errors import ParentError
 from align.recipe_adapter import Adapter
+from align.recipe_reward import Head
 from align.sequences import position_ids
 from align.weights import check_files, check_fits, read_tensors, shapes
-from reward.calibrate import read_labels, write_calibration
-from reward.head import ScoreHead, load_score_head, new_score_weight
+from reward.calibrate import read_labels, read_widths, write_calibration
+from reward.head import ScoreHead, draw_maps, load_score_head, score_maps, widths_of
 from reward.packing import pack
+
+LINEAR = Head()
 
 
 def last_hidden(hidden: Tensor, attention_mask: Tensor) -> Tensor:
@@ -153,7 +162,8 @@ class RewardModel(nn.Module):
     def write_calibration(self, folder: Path) -> None:
         """Write ``score.json`` anew."""
         head = self.head
-        write_calibration(folder, head.shift.item(), head.scale.item(), self.labels)
+        numbers = head.shift.item(), head.scale.item()
+        write_calibration(folder, *numbers, self.labels, widths_of(head))
 
 
 def new_reward_model(
@@ -162,6 +172,7 @@ def new_reward_model(
     sft_folder: Path,
     seed: int,
     labels: tuple[str, ...] = (),
+    head: Head = LINEAR,
 ) -> RewardModel:
     """Start a reward model from the SFT model: its base, its adapter, and a random score head.
 
@@ -174,6 +185,7 @@ def new_reward_model(
             What is trained of its output embeddings has no place here.
         seed: of the head's first weight; nothing else is random here.
         labels: of a classifier.
+        head: its depth and width.
 
     Raises:
         InputError: the base has nothing that the adapter method trains.
@@ -185,10 +197,9 @@ def new_reward_model(
             f"{sft_folder}: was trained with adapter.method={method}, the recipe has"
             f" {adapter.method}; use the same in all stages"
         )
-    classifier = _classifier(causal_lm, labels)
-    with torch.no_grad():
-        first = new_score_weight(classifier.score.in_features, seed, classifier.score.out_features)
-        classifier.score.weight.copy_(first)
+    widths = head.widths(causal_lm.config.hidden_size)
+    classifier = _classifier(causal_lm, labels, widths)
+    draw_maps(classifier.score, seed)
     config = adapter_config(adapter, "SEQ_CLS", classifier)
     if config is None:
         return RewardModel(*_with_head(classifier.requires_grad_(True)), labels)
@@ -212,16 +223,16 @@ def load_reward_model(causal_lm: PreTrainedModel | None, folder: str | Path) -> 
     """
     folder = Path(folder)
     head, labels = load_score_head(folder), read_labels(folder)
+    widths = read_widths(folder)
     classifier: PeftModel | PreTrainedModel
     if causal_lm is None:
         check_files(folder)
-        classifier = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True
-        )
+        body = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        classifier = _classifier(body, labels, widths)
     else:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
-        classifier = PeftModel(_classifier(causal_lm, labels), config)
+        classifier = PeftModel(_classifier(causal_lm, labels, widths), config)
         share_config(classifier)
         _start_from(classifier, folder)
     classifier, live = _with_head(classifier)
@@ -245,10 +256,11 @@ def plain_classifier(
 
     Args:
         causal_lm: the base with the reward model's adapter in its weights; used up.
+        head: a linear one.
         labels: of a classifier, whose offset is 0.
         pad_id: transformers reads the score at the last id that is not this one.
     """
-    classifier = _classifier(causal_lm, labels)
+    classifier = _classifier(causal_lm, labels, ())
     with torch.no_grad():
         classifier.score.weight.copy_(head.weight / head.scale)
     classifier.config.pad_token_id = pad_id
@@ -264,7 +276,7 @@ def name_labels(config: PretrainedConfig, labels: tuple[str, ...]) -> None:
         config.label2id = {label: number for number, label in enumerate(labels)}
 
 
-def _classifier(causal_lm: PreTrainedModel, labels: tuple[str, ...]) -> Any:
+def _classifier(causal_lm: PreTrainedModel, labels: tuple[str, ...], widths: Sequence[int]) -> Any:
     """Return a sequence classifier around the model's own backbone, with an empty fp32 head."""
     config = causal_lm.config
     name_labels(config, labels)
@@ -272,8 +284,7 @@ def _classifier(causal_lm: PreTrainedModel, labels: tuple[str, ...]) -> Any:
         classifier = AutoModelForSequenceClassification.from_config(config)
     setattr(classifier, classifier.base_model_prefix, causal_lm.base_model)
     hidden_size = classifier.score.in_features
-    rows = len(labels) or 1
-    classifier.score = nn.Linear(hidden_size, rows, bias=False, dtype=torch.float32)
+    classifier.score = score_maps(hidden_size, len(labels) or 1, widths)
     return classifier.to(causal_lm.device).requires_grad_(False).eval()
 
 
@@ -289,8 +300,11 @@ def _with_head(
     saved = bare(classifier).score
     if isinstance(classifier, PeftModel):
         saved = saved.modules_to_save["default"]
-    head = ScoreHead(saved.in_features, saved.out_features).to(saved.weight.device)
+    widths = widths_of(saved)
+    head = ScoreHead(saved.in_features, saved.out_features, widths).to(saved.weight.device)
     head.weight = saved.weight
+    if widths:
+        head.deeper = saved.deeper
     return classifier, head
 
 

@@ -20,6 +20,22 @@ from tests.wandb_server import KEY, wandb_server
 STAGES = tuple(SETTINGS)
 LATER = {"pretrain": 5, "sft": 5, "reward": 7, "ppo": 3}  # what the last process goes on from
 FULL = ("adapter.method=full", "adapter.dropout=0.0", "ppo.layout=separate")
+CLASSES = (
+    "reward.loss=classes",
+    "reward.classes={labels: [a, b]}",
+    "reward.center_on=none",
+    "data.reward={train: [{path: labelled.jsonl}], heldout: [{path: labelled.jsonl}]}",
+    "ppo=null",
+    "evaluate=null",
+)
+MASKED = (
+    "pretrain.objective=masked",
+    "pretrain.model.num_kv_heads=null",
+    "sft=null",
+    "reward=null",
+    "ppo=null",
+    "evaluate=null",
+)
 SAVES = 2  # of tensors in one checkpoint: what is each process's own, and what all have in common
 KILLS = 120  # of the slow test, over all stages
 
@@ -178,13 +194,18 @@ def test_a_full_disk_ends_the_stage_and_leaves_the_last_good_state(
         ("sft", ("sft.packing=true", "sft.optimizer=adamw_8bit", "adapter.r=64")),
         ("sft", ("base.quantization=nf4",)),
         ("reward", (*FULL, "reward.optimizer=adamw_8bit")),
+        ("reward", CLASSES),
+        ("ppo", ("reward.head.depth=2",)),
+        ("pretrain", MASKED),
     ],
-    ids=["best", "separate", "packing-8bit", "nf4", "full"],
+    ids=["best", "separate", "packing-8bit", "nf4", "full", "classes", "deep-head", "masked"],
 )
 @pytest.mark.slow
 def test_other_settings_go_on_bit_for_bit(
     again: Server, stage: str, settings: tuple[str, ...]
 ) -> None:
+    rows = [{"text": f"{'ab'[n % 2]} {n}", "label": "ab"[n % 2]} for n in range(32)]
+    (again.home / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for parent in STAGES[: STAGES.index(stage)]:
         assert again.run(parent, *settings).code == 0
     done = again.run(stage, *settings)

@@ -16,6 +16,7 @@ from align.plan_setup import Setup
 from align.recipe import Recipe
 from align.recipe_adapter import Adapter
 from align.recipe_ppo import Ppo
+from align.recipe_reward import Head
 from align.roles import Roles
 from align.sequences import join
 from pipelines.reward_loss import output_head
@@ -41,6 +42,9 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+
+
+DEEP = Head(depth=3, width=256)  # on 32 states: more than all else that is trained
 
 
 def full_config(name: str) -> dict[str, object]:
@@ -77,6 +81,11 @@ def recipe(**changes: object) -> Recipe:
     return Recipe.model_validate(
         {"name": "x", "data": data, "sft": training, "reward": training, "ppo": ppo, **sections}
     )
+
+
+def with_head(made: Recipe, head: Head) -> Recipe:
+    assert made.reward is not None
+    return made.model_copy(update={"reward": made.reward.model_copy(update={"head": head})})
 
 
 def plans(made: Recipe, **changes: object) -> dict[str, StagePlan]:
@@ -154,15 +163,26 @@ def test_ppo_holds_what_the_plan_says(tmp_path, layout, dtype, trunk, layers) ->
     check(plan, made, step(made))
 
 
+@pytest.mark.parametrize("trunk", ["own", "policy"])
+def test_ppo_holds_deep_heads(tmp_path, trunk) -> None:
+    made = roles(tmp_path, torch.float32, layout="shared", trunk=trunk, layers="all")
+    made.heads["reward"] = ScoreHead(32, 1, (256, 256)).requires_grad_(False)
+    if trunk == "own":  # it starts from the reward model
+        made.heads["value"] = ScoreHead(32, 1, (256, 256))
+    settings = with_head(recipe(value={"trunk": trunk}), DEEP)
+    check(plans(settings)["ppo"], made, step(made))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_sft_and_reward_hold_what_the_plan_says(tmp_path, dtype) -> None:
-    settings = recipe(base={"id": "x", "dtype": dtype})
+@pytest.mark.parametrize("head", [Head(), DEEP], ids=["linear", "deep"])
+def test_sft_and_reward_hold_what_the_plan_says(tmp_path, dtype, head) -> None:
+    settings = with_head(recipe(base={"id": "x", "dtype": dtype}), head)
     expected = plans(settings)
     sft = add_adapter(tiny.llama().to(getattr(torch, dtype)), settings)
     check(expected["sft"], sft, step(sft))
     sft.save_pretrained(tmp_path / "sft")
     base = tiny.llama().to(getattr(torch, dtype))
-    reward = new_reward_model(base, settings.adapter, tmp_path / "sft", seed=0)
+    reward = new_reward_model(base, settings.adapter, tmp_path / "sft", 0, head=head)
     del base
     check(expected["reward"], reward, step(reward))
 

@@ -75,6 +75,20 @@ CLASSES = ["reward.classes={labels: [a, b]}", "reward.loss=classes", "reward.cen
             "an encoder has no cache for keys and values; allowed for it: any other",
         ),
         (["reward.base={id: bert, pooling: last}"], "allowed: cls or mean"),
+        (["reward.head.depth=0"], "reward.head.depth=0: "),
+        (["reward.head.width=8"], "reward.head.width=8: is of the states between two maps"),
+        (
+            ["reward.base={id: bert}", "reward.head.depth=2"],
+            "reward.head.depth=2: pooling=cls has the head of transformers' classifier; allowed",
+        ),
+        (
+            ["reward.center_on=none", "reward.scale_on=demonstrations"],
+            "reward.scale_on=demonstrations: needs center_on=demonstrations; allowed without it:",
+        ),
+        (
+            [*CLASSES, "reward.scale_on=demonstrations"],
+            "reward.scale_on=demonstrations: is a matter of ranked",
+        ),
         (
             ["reward.base={id: pretrain}"],
             "pretrain.objective: causal makes a decoder; allowed with reward.base.id=pretrain",

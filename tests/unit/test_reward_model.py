@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from align.adapters import WEIGHTS
-from align.errors import ParentError
+from align.errors import ParentError, TrainingError
 from align.recipe_adapter import Adapter
 from reward.calibrate import SCORE_FILE, RewardModelError, center_on
-from reward.head import HEAD_KEY, ScoreHead, load_score_head, new_score_weight
+from reward.head import HEAD_KEY, ScoreHead, draw_maps, load_score_head
 from reward.model import RewardModel, last_hidden, load_reward_model, new_reward_model
 from tests import tiny
 from tests.adapters import sft_adapter
@@ -141,11 +141,17 @@ def test_an_sft_adapter_with_a_missing_tensor_is_refused(tmp_path: Path) -> None
         new_reward_model(tiny.llama(), ADAPTER, folder, seed=0)
 
 
+def drawn(seed: int) -> Tensor:
+    head = ScoreHead(4095)
+    draw_maps(head, seed)
+    return head.weight.detach()
+
+
 def test_the_first_head_depends_on_the_seed_alone() -> None:
-    weight = new_score_weight(4095, seed=7)
+    weight = drawn(seed=7)
     torch.manual_seed(1)
-    assert torch.equal(new_score_weight(4095, seed=7), weight)
-    assert not torch.equal(new_score_weight(4095, seed=8), weight)
+    assert torch.equal(drawn(seed=7), weight)
+    assert not torch.equal(drawn(seed=8), weight)
     # 1 / sqrt(4095 + 1) = 1/64; the deviation of 4095 draws is within 4 % of it (3.6 sigma)
     assert weight.std().item() == pytest.approx(1 / 64, rel=0.04)
 
@@ -209,9 +215,8 @@ def test_head_by_hand() -> None:
 
 def test_head_stays_in_float32() -> None:
     head = ScoreHead(64)
-    weight = new_score_weight(64, seed=0)
-    with torch.no_grad():
-        head.weight.copy_(weight)
+    draw_maps(head, seed=0)
+    weight = head.weight.detach().clone()
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), head).to(torch.bfloat16).half()
     assert model[0].weight.dtype == torch.float16
     assert torch.equal(head.weight, weight)
@@ -238,6 +243,14 @@ def test_centring_makes_the_mean_score_zero() -> None:
     calibration = center_on(raw)
     assert calibration == (3.0, 1.0)
     assert ((raw - calibration.shift) / calibration.scale).mean().item() == 0.0
+
+
+def test_scaling_makes_their_spread_one() -> None:
+    calibration = center_on(torch.tensor([1.0, 2.0, 6.0]), unit_spread=True)
+    # Distances from the mean 3 are 2, 1 and 3: sqrt((4 + 1 + 9) / 3) = sqrt(14 / 3)
+    assert calibration == (3.0, pytest.approx(2.160247, abs=1e-6))
+    with pytest.raises(TrainingError, match=r"all 2 scores are 1.5, without a spread"):
+        center_on(torch.tensor([1.5, 1.5]), unit_spread=True)
 
 
 def test_shift_survives_the_file(tmp_path: Path) -> None:
