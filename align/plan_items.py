@@ -112,7 +112,9 @@ class StagePlan:
         """Return what a phase takes per GPU at ZeRO stages 0 to 3.
 
         ZeRO has a copy of the trained weights, as large as their gradients, which goes where the
-        optimiser's states go; and from stage 2 on a bucket for gradients.
+        optimiser's states go; and from stage 2 on a bucket for gradients. Stage 2 has its part of
+        the gradients twice: that of the passes before, and that of this one, or the flat copy that
+        the optimiser gets; not so where the states, and with them what has added up, are offloaded.
 
         Args:
             offloaded: the optimiser's states are in main memory.
@@ -120,11 +122,12 @@ class StagePlan:
         items = (*self.kept, *phase.items)
         weights, gradients = _of_kind(items, "weights"), _of_kind(items, "gradients")
         states, copies = _of_kind(items, "states"), self.sum("gradients")
+        twice = 0 if offloaded else ceil(gradients / gpus)
         if offloaded:
             states = copies = 0
         bucket = FLOAT * BUCKET if gradients else 0
         copied = ceil(copies / gpus)
-        more = (0, copied, copied + bucket, copied + bucket)
+        more = (0, copied, copied + bucket + twice, copied + bucket)
         rest, shares = _of_kind(items, "rest"), zero_per_gpu(weights, gradients, states, gpus)
         return tuple(rest + sum(parts) for parts in zip(shares, more, strict=True))
 

@@ -3,12 +3,13 @@
     python -m tests.benchmarks.zero_memory
     python -m tests.benchmarks.zero_memory --hidden 256 --ways 0 3
 
-The real sft stage trains all weights of a Llama in two gloo processes with DeepSpeed. At every
-optimiser step each process counts the bytes of its tensors, each piece of memory once, by what it
-belongs to: trained weights, ZeRO's copies of them, gradients, the bucket through which ZeRO 2 and 3
-send them, Adam's moments. A line has the most that one of the two held of each kind, in brackets
-what the plan says, in MiB, and the difference of their sums. ``offload`` moves tensors to main
-memory, which on a CPU is where they are: its ways are not told apart here.
+The real sft stage trains all weights of a Llama in two gloo processes with DeepSpeed, two passes a
+step. At every optimiser step and in every backward pass each process counts the bytes of its
+tensors, each piece of memory once, by what it belongs to: trained weights, ZeRO's copies of them,
+gradients, the bucket through which ZeRO 2 and 3 send them, Adam's moments. A line has the most that
+one of the two held of each kind, in brackets what the plan says, in MiB, and the difference of
+their sums. ``offload`` moves tensors to main memory, which on a CPU is where they are: its ways are
+not told apart here.
 """
 
 import argparse
@@ -44,7 +45,7 @@ data:
   max_response_tokens: 96
   sft: {{train: [{{world: demonstrations}}]}}
   world: {{demonstration_rows: 8}}
-sft: {{lr: 1.0e-4, batch_size: 4, samples: 0, epochs: 2.0}}
+sft: {{lr: 1.0e-4, batch_size: 4, micro_batch_size: 1, samples: 0, epochs: 2.0}}
 tracking: {{mode: disabled}}
 run: {{root: {root}/runs, threads: 1, keep_checkpoints: 0}}
 """
@@ -75,11 +76,23 @@ class Counter:
             parameter.register_post_accumulate_grad_hook(lambda _: self.in_backward())
 
     def in_backward(self) -> None:
-        """Count what the gradients of the model's parameters lie in; from ZeRO 2 on, the bucket."""
-        plugin = self.trainer.accelerator.state.deepspeed_plugin
-        in_bucket = plugin is not None and plugin.zero_stage > 1
+        """Count what the gradients of the model's parameters lie in.
+
+        From ZeRO 2 on that is the bucket. With ZeRO 2 some lie where this process keeps its part of
+        them, or of those of the passes before.
+        """
         gradients = [p.grad for p in self.trainer.model.parameters()]
-        self._see("bucket" if in_bucket else "gradients", held(gradients))
+        plugin = self.trainer.accelerator.state.deepspeed_plugin
+        if plugin is None or plugin.zero_stage < 2:
+            self._see("gradients", held(gradients))
+            return
+        kept: list[Tensor | None] = []
+        if plugin.zero_stage == 2:
+            optimizer = self.trainer.model_wrapped.optimizer
+            before = [of_group or [] for of_group in optimizer.all_grad_tensors.values()]
+            kept = [optimizer.grads_in_partition, *(part for parts in before for part in parts)]
+        self._see("gradients", held(kept))
+        self._see("bucket", held([*kept, *gradients]) - held(kept))
 
     def in_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Count what the optimiser is given, and what it has."""
@@ -140,7 +153,8 @@ def planned(plan: StagePlan, zero: int) -> dict[str, float]:
     return {
         "weights": weights / (2 if zero == 3 else 1),
         "copies": gradients / 2 if zero else 0.0,
-        "gradients": gradients / (2 if zero >= 2 else 1),
+        # Half of them with ZeRO 2 and 3; with ZeRO 2 twice, of this pass and of those before.
+        "gradients": gradients / (2 if zero == 3 else 1),
         "bucket": 4.0 * BUCKET if zero >= 2 else 0.0,
         "states": states / (2 if zero else 1),
     }

@@ -1,4 +1,4 @@
-"""PPO in two gloo processes on the CPU, with DeepSpeed: what it learns is what one would learn."""
+"""PPO in two and four gloo processes on the CPU, with DeepSpeed: they learn what one would."""
 
 from pathlib import Path
 
@@ -19,9 +19,11 @@ from tests.stages.test_several_processes import (
 )
 
 # A step of the critic alone, then both; a decay that would move even what has no gradient; numbers
-# of passes that differ between the processes.
+# of passes that differ between the processes. The third rollout is the first with a KL, by a
+# coefficient that has moved.
 SETTINGS = (
-    *PPO,
+    *(word for word in PPO if not word.startswith("ppo.steps=")),
+    "ppo.steps=3",
     *IN_FLOAT32,
     "evaluate=null",
     "reward=null",
@@ -29,6 +31,7 @@ SETTINGS = (
     "ppo.weight_decay=0.1",
     "ppo.value.warmup_steps=1",
     "ppo.kl.target=0.5",
+    "ppo.kl.horizon=20",
     "ppo.reward_scaling.mode=running",
     "ppo.max_tokens_per_microbatch=300",
     "ppo.micro_batch_size=null",
@@ -40,6 +43,7 @@ WAYS = [
     ["distributed.zero=3"],
     ["distributed.zero=3", "distributed.offload=all", "base.gradient_checkpointing=true"],
 ]
+GROUPS = [*((2, way) for way in WAYS), (4, ["distributed.zero=0"]), (4, ["distributed.zero=2"])]
 NF4 = ("base.quantization=nf4", "base.compute_dtype=float32")
 
 
@@ -87,11 +91,14 @@ def test_ppo_samples_and_learns_what_one_process_does(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS, ids=" ".join)
-def test_by_every_other_way(root: Path, one: tuple[list[str], Path], way: list[str]) -> None:
+@pytest.mark.parametrize(("processes", "way"), GROUPS, ids=str)
+def test_by_every_other_way(
+    root: Path, one: tuple[list[str], Path], processes: int, way: list[str]
+) -> None:
     settings, expected = one
-    name = "way-" + "-".join(part.partition("=")[2] for part in way)
-    check_same(align(root, "ppo", LORA, name, *settings, *way, "--nproc", "2") / "ppo", expected)
+    name = f"way-{processes}-" + "-".join(part.partition("=")[2] for part in way)
+    more = (*way, "--nproc", str(processes))
+    check_same(align(root, "ppo", LORA, name, *settings, *more) / "ppo", expected)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 from align import group
 from align.errors import InputError, RecipeError
 from align.plan import plan_recipe
+from align.plan_items import Item, Phase, StagePlan
 from align.plan_model import read_shape
 from align.published import CONFIGS
 from align.recipe_distributed import Distributed, rows_and_passes
@@ -198,6 +199,17 @@ def test_the_plan_of_all_weights_in_float32(capsys: pytest.CaptureFixture[str]) 
     for way, offload in (("ZeRO 3", "none"), ("ZeRO 3, offload", "optimizer")):
         other = load_recipe(FULL, [f"distributed.offload={offload}"])
         assert plan["by_gpus"][8]["bytes"][way] == make_plan(other, shape, None, 8)["peak_bytes"]
+
+
+def test_zero_2_has_its_part_of_the_gradients_twice() -> None:
+    weights, states = Item("base", 400, "", "weights"), Item("adam", 800, "", "states")
+    training = Phase("training", (Item("gradients", 400, "", "gradients"),))
+    plan = StagePlan("sft", (weights, states), (training,))
+    bucket = 4 * 5_000_000
+    # Weights, gradients, states, and from ZeRO 1 on a quarter of 400 for the copies.
+    expected = (1600, 400 + 400 + 200 + 100, 400 + 2 * 100 + 200 + 100 + bucket, 500 + bucket)
+    assert plan.per_gpu(4) == expected
+    assert plan.trained_together(4, 2, "optimizer") == {"training": 400 + 100 + bucket}
 
 
 def test_the_plan_of_lora_on_whole_bases() -> None:
