@@ -160,9 +160,9 @@ def processor_seconds(*arguments: str) -> float:
 
 
 def test_help_takes_less_than_half_a_second() -> None:
-    """The best of four; on a machine that is slow or busy now, by as much more."""
-    ours, standard = [], []
-    for _ in range(4):
-        ours.append(processor_seconds("-m", "launch", "--help"))
-        standard.append(processor_seconds("-c", STANDARD))
-    assert min(ours) < max(0.5, 2.6 * min(standard))
+    """Once in four times; on a machine that is slow or busy just then, by as much more."""
+    seconds = [
+        (processor_seconds("-m", "launch", "--help"), processor_seconds("-c", STANDARD))
+        for _ in range(4)
+    ]
+    assert any(ours < max(0.5, 2.6 * standard) for ours, standard in seconds), seconds
