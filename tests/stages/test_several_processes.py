@@ -209,6 +209,16 @@ def test_lora_by_every_way_is_that_of_one_process(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_reward_model_with_a_deep_head(root: Path, one: Path, zero: int) -> None:
+    deep = [*LORA_IN_FLOAT32, "reward.head={depth: 2, width: 16}", *parent(one)]
+    deep += ["reward.scale_on=demonstrations"]
+    expected = alone(root, f"deep-one-{zero}", LORA, ("reward",), *deep)
+    way = (f"distributed.zero={zero}", "--nproc", "2")
+    check_same("reward", expected, align(root, "reward", LORA, f"deep-{zero}", *deep, *way))
+
+
+@pytest.mark.slow
 def test_packs_and_one_process_with_zero(root: Path) -> None:
     packed = [*LORA_IN_FLOAT32, "sft.packing=true", "sft.micro_batch_size=1"]
     one = alone(root, "packs-one", LORA, ("sft",), *packed)

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from align import logprobs, plan_memory
+from align.attention import packed_attention
 from align.engine import Engine
 from align.merging import merged
 from align.plan import plan_recipe
@@ -331,6 +332,30 @@ def test_activations_of_the_stages_before_ppo_are_those_that_autograd_keeps(dtyp
         expected += (4 - 1) * sum(m.inputs for m in shape.matrices)
     counted = (kept[1] - kept[0]) / 4 / (3 * 48)
     assert counted == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_of_shared_prompts_are_those_that_autograd_keeps(tmp_path, dtype) -> None:
+    """Two rankings of three responses each, whose prompts are computed once: 2 x (20 + 3 x 14)."""
+    made, kept = recipe(base={"id": "x", "dtype": dtype}), []
+    limits = made.data.model_copy(update={"max_prompt_tokens": 20, "max_response_tokens": 14})
+    made = made.model_copy(update={"data": limits})
+    for depth in (2, 6):
+        folder = adapters.sft_adapter(deep(tiny.llama, depth), tmp_path / str(depth))
+        base = deep(tiny.llama, depth).to(getattr(torch, dtype))
+        model = new_reward_model(base, made.adapter, folder, seed=0).train()
+        ids, mask = torch.full((6, 34), 5), torch.ones(6, 34, dtype=torch.bool)
+        counter = Kept(model)
+        with packed_attention(model.backbone) as possible:
+            assert possible
+            with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda t: t):
+                model.states(ids, mask, torch.tensor([0, 20, 20] * 2))
+        kept.append(stored(counter.tensors))
+    shape = read_shape(base.config.to_dict())
+    setup = Setup(made, shape)
+    expected = 2 * (20 + 3 * 14) * kept_per_token(shape, setup.packed())
+    expected += setup.repeated_keys(2 * 2).bytes / shape.layers
+    assert (kept[1] - kept[0]) / 4 == pytest.approx(expected, rel=0.03)  # masks are not planned
 
 
 def deep(make, depth: int):
