@@ -55,7 +55,20 @@ def deepspeed_settings(distributed: Distributed, section: Optimisation) -> dict[
 def layer_settings(distributed: Distributed, section: Ppo) -> dict[str, Any]:
     """Return the settings under which PPO shares out the layers of its base with ZeRO 3."""
     settings = deepspeed_settings(distributed, section)
+    # It would put a linear map of its own in the place of torch's, for all models.
     zero: dict[str, Any] = {"stage": 3, "memory_efficient_linear": False}
     if distributed.offload == "all":
         zero["offload_param"] = {"device": "cpu"}
     return settings | {"zero_optimization": zero}
+
+
+def shown_settings(distributed: Distributed, section: Optimisation) -> dict[str, Any]:
+    """Return all that DeepSpeed gets for a stage, as people see it.
+
+    That is ``deepspeed_settings``, and for PPO with ZeRO 3 under ``layers`` how those of its base
+    are shared out.
+    """
+    settings = deepspeed_settings(distributed, section)
+    if isinstance(section, Ppo) and distributed.zero == 3:
+        settings["layers"] = layer_settings(distributed, section)["zero_optimization"]
+    return settings

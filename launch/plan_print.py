@@ -102,7 +102,7 @@ def _print_scaling(facts: dict[str, Any], memory: int) -> None:
             if row["limit"] != "memory" and row["later_bytes"] > memory:
                 needed = _size(row["later_bytes"])
                 print(f"         does not fit: the first process holds {needed} after training")
-    print("  a step of ppo is a rollout with its updates, which count in place of passes\n")
+    print("  a step of ppo is a rollout with its updates, and has the passes of them all\n")
 
 
 def _print_table(rows: dict[int, dict[str, int]], memory: int | None) -> None:

@@ -81,11 +81,10 @@ def read_calibration(folder: str | Path) -> Calibration:
     Raises:
         RewardModelError: it is missing, or does not hold a finite shift and a positive scale.
     """
-    path = Path(folder) / SCORE_FILE
+    path, content = Path(folder) / SCORE_FILE, _read(folder)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         shift, scale = float(content["shift"]), float(content["scale"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise RewardModelError(f"{path}: no shift and scale here: {error!r}") from None
     if not (math.isfinite(shift) and math.isfinite(scale) and scale > 0):
         raise RewardModelError(f"{path}: shift={shift} scale={scale}; finite, scale > 0 needed")

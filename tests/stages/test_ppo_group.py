@@ -102,21 +102,18 @@ def test_by_every_other_way(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [0, 1, 2])
-def test_all_weights(root: Path, zero: int) -> None:
-    settings = [*SETTINGS, *parents(root), "ppo.layout=separate"]
-    expected = alone(root, f"full-one-{zero}", LORA, ("ppo",), *settings) / "ppo"
+@pytest.mark.parametrize(
+    ("more", "zero"),
+    [
+        *(("ppo.layout=separate", zero) for zero in (0, 1, 2)),
+        *(("ppo.ptx={coef: 2.0, batch_size: 4}", zero) for zero in (2, 3)),
+    ],
+)
+def test_other_training(root: Path, more: str, zero: int) -> None:
+    settings, name = [*SETTINGS, *parents(root), more], f"{more[4:7]}-{zero}"
+    expected = alone(root, f"one-{name}", LORA, ("ppo",), *settings) / "ppo"
     way = (f"distributed.zero={zero}", "--nproc", "2")
-    check_same(align(root, "ppo", LORA, f"full-{zero}", *settings, *way) / "ppo", expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("zero", [2, 3])
-def test_with_language_modelling(root: Path, zero: int) -> None:
-    settings = [*SETTINGS, *parents(root), "ppo.ptx={coef: 2.0, batch_size: 4}"]
-    expected = alone(root, f"ptx-one-{zero}", LORA, ("ppo",), *settings) / "ppo"
-    way = (f"distributed.zero={zero}", "--nproc", "2")
-    check_same(align(root, "ppo", LORA, f"ptx-{zero}", *settings, *way) / "ppo", expected)
+    check_same(align(root, "ppo", LORA, name, *settings, *way) / "ppo", expected)
 
 
 @pytest.mark.slow

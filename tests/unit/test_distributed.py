@@ -15,7 +15,7 @@ from align.published import CONFIGS
 from align.recipe_distributed import Distributed, rows_and_passes
 from align.recipe_io import load_recipe
 from align.recipe_types import Optimisation
-from align.zero import deepspeed_settings, layer_settings
+from align.zero import deepspeed_settings, layer_settings, shown_settings
 from data.order import SortedBatches, WholeBatches
 from launch.command import Python, stage_command
 from launch.plan import make_plan
@@ -148,6 +148,8 @@ def test_ppo_leaves_weights_to_what_shares_out_the_layers() -> None:
         "memory_efficient_linear": False,  # else it would put its own in the place of torch's
         "offload_param": {"device": "cpu"},
     }
+    shown = shown_settings(recipe.distributed, recipe.ppo)
+    assert (shown["zero_optimization"], shown["layers"]) == (optimizer, settings)
 
 
 def test_the_whole_batch_is_divided_where_no_pass_is_named() -> None:
