@@ -245,6 +245,8 @@ def _ppo(setup: Setup) -> StagePlan:
     if section.own_models:
         update += _beside_full_training(setup, head="policy" in section.own_models)
     rollout = setup.generation(section.rollout.batch_size or section.batch_size, prompt, response)
+    if native and "policy" not in section.own_models:
+        rollout += setup.summed()
     score = (*trunk, setup.forward(rows * longest), *_logprobs(setup, section, rows))
     phases = [
         Phase("rollout", tuple(rollout)),
@@ -354,7 +356,7 @@ def _evaluate(setup: Setup) -> StagePlan:
     prompt, response = recipe.data.max_prompt_tokens, section.max_new_tokens
     answered, longest = rows * (prompt + response), section.batch_size * setup.longest
     phases = [
-        Phase("answers", tuple(setup.generation(rows, prompt, response))),
+        Phase("answers", (*setup.generation(rows, prompt, response), *setup.summed())),
         Phase("their log-probabilities and scores", tuple(_looks(setup, answered))),
         Phase("held-out loss and rankings", tuple(_looks(setup, longest))),
     ]

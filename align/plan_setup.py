@@ -15,7 +15,7 @@ from align.plan_memory import (
     sampling_bytes,
     working_per_token,
 )
-from align.plan_model import DTYPE_BYTES, Quantization, Shape, linear_bytes
+from align.plan_model import DTYPE_BYTES, Matrix, Quantization, Shape, linear_bytes
 from align.recipe import Recipe, StageData, StageName
 from align.recipe_ppo import Ppo
 from align.recipe_types import Optimisation
@@ -203,6 +203,21 @@ class Setup:
             Item("choice of tokens", rows * shape.vocab * choice, sampled),
             *self.dequantized(),
         ]
+
+    def summed(self) -> list[Item]:
+        """Return the weights that sampling adds an adapter to; see ``align.lora.summed``.
+
+        Not those of GPT-2, whose layers are transposed.
+        """
+        matrices = [m for m in self.shape.targets(self.recipe.adapter) if not _transposed(m)]
+        count = self.adapted * sum(m.weights for m in matrices)
+        if self.full or self.width != FLOAT or self.quantization != "none" or not count:
+            return []
+        return [Item("weights with the adapter added", count * FLOAT, f"{count:,} x {FLOAT} B")]
+
+
+def _transposed(matrix: Matrix) -> bool:
+    return matrix.name.startswith("c_")
 
 
 def training_items(tensors: Sequence[int], section: Optimisation) -> tuple[Item, Item]:

@@ -266,7 +266,7 @@ class Roles(nn.Module):
         streams: Sequence[int] | None = None,
     ) -> Generated:
         """Sample responses under a role; see ``align.generation.generate``."""
-        with self.use(role) as model:
+        with self.use(role) as model, lora.summed(model):
             return generate(
                 model,
                 prompt_ids,

@@ -95,3 +95,48 @@ def test_a_switched_off_adapter_leaves_the_layer_bare():
             if isinstance(module, lora.Linear):
                 module._active_adapter = []
     assert torch.equal(ours(x), theirs(x))
+
+
+def test_summed_weights_give_the_same_in_one_product(monkeypatch):
+    theirs, ours = pair(Two(True), target_modules=["first"])
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        expected = theirs(x)
+        with lora.summed(ours), monkeypatch.context() as patch:
+            patch.setattr(lora._LoraLinear, "apply", lambda *_: pytest.fail("not summed"))
+            assert_close(ours(x), expected, rtol=1e-5, atol=1e-6)
+        assert "summed" not in vars(ours.base_model.model.first)
+    assert_close(ours(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_summed_weights_are_those_of_the_adapter_that_is_on():
+    model = get_peft_model(Two(False), LoraConfig(r=3, target_modules=["first", "second"]))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["second"]))
+    randomise(model, seed=0)
+    lora.fuse(model)
+    x = torch.randn(3, 8)
+    outputs = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        with torch.no_grad(), lora.summed(model):
+            outputs.append(model(x))
+        assert_close(outputs[-1], model(x), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(*outputs)
+
+
+def test_an_error_while_summed_leaves_the_layers_as_they_were():
+    _, ours = pair(Two(True), target_modules=["first", "second"])
+    with pytest.raises(KeyError), lora.summed(ours):
+        raise KeyError
+    ours.base_model.model.first.lora_B["default"].weight.data.zero_()
+    assert_close(
+        ours.base_model.model.first(torch.ones(1, 8)),
+        ours.base_model.model.first.base_layer(torch.ones(1, 8)),
+    )
+
+
+def test_what_is_not_plain_is_not_summed():
+    theirs, ours = pair(Two(False), target_modules=["first", "second"], use_dora=True)
+    x = torch.randn(3, 8)
+    with torch.no_grad(), lora.summed(ours):
+        assert torch.equal(ours(x), theirs(x))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from align import logprobs, plan_memory
+from align import logprobs, lora, plan_memory
 from align.attention import packed_attention
 from align.engine import Engine
 from align.merging import merged
@@ -162,6 +162,29 @@ def test_ppo_holds_what_the_plan_says(tmp_path, layout, dtype, trunk, layers) ->
         )
     )["ppo"]
     check(plan, made, step(made))
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layers", ["all", "top-half"])
+def test_sampling_adds_the_adapter_to_the_weights_that_the_plan_says(
+    tmp_path, make, dtype, layers
+) -> None:
+    folder = adapters.sft_adapter(make(), tmp_path / "a", layers=layers)
+    made = Roles(make().to(getattr(torch, dtype)), {"policy": folder})
+    with made.use("policy") as model, lora.summed(model):
+        kept = [vars(m)["summed"] for m in model.modules() if "summed" in vars(m)]
+    adapter = {"r": 4, "alpha": 8.0, "layers": layers}
+    shape = read_shape(make().config.to_dict())
+    (plan,) = (
+        p
+        for p in plan_recipe(recipe(base={"id": "x", "dtype": dtype}, adapter=adapter), shape)
+        if p.stage == "ppo"
+    )
+    (rollout,) = (phase for phase in plan.phases if phase.name == "rollout")
+    planned = [item.bytes for item in rollout.items if item.name.startswith("weights with")]
+    assert sum(planned) == stored(kept)
+    assert bool(kept) == (dtype == "float32" and make is tiny.llama)
 
 
 @pytest.mark.parametrize("trunk", ["own", "policy"])

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from align import lora
 from align.errors import InputError, ParentError
 from align.functional import ppo_policy_loss, ppo_value_loss
 from align.quantization import prepare_quantized
@@ -252,6 +253,13 @@ def test_both_engines_choose_the_same_greedy_tokens(make_base, folders):
     ours = native.generate("policy", PROMPTS, end_ids=stops, **settings)
     assert ours == hf.generate("policy", PROMPTS, end_ids=stops, **settings)
     assert any(ours.ended)
+
+
+def test_sampling_computes_no_adapter_beside_its_layer(tmp_path, monkeypatch):
+    roles = Roles(tiny.llama(), {"policy": adapters.sft_adapter(tiny.llama(), tmp_path / "sft")})
+    monkeypatch.setattr(lora._LoraLinear, "apply", lambda *_: pytest.fail("beside the layer"))
+    settings = {"temperature": 1.0, "max_new_tokens": 6, "pad_id": 0, "seed": 0}
+    assert roles.generate("policy", PROMPTS, end_ids=[1], **settings).responses
 
 
 def test_a_base_with_a_sliding_window_is_refused_by_the_native_engine(folders, make_base):
