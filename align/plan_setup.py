@@ -207,11 +207,12 @@ class Setup:
     def summed(self) -> list[Item]:
         """Return the weights that sampling adds an adapter to; see ``align.lora.summed``.
 
-        Not those of GPT-2, whose layers are transposed.
+        Not those of GPT-2, whose layers are transposed; none where memory comes before time.
         """
         matrices = [m for m in self.shape.targets(self.recipe.adapter) if not _transposed(m)]
         count = self.adapted * sum(m.weights for m in matrices)
-        if self.full or self.width != FLOAT or self.quantization != "none" or not count:
+        low = self.width != FLOAT or self.quantization != "none"
+        if low or self.full or self.checkpointing or not count:
             return []
         return [Item("weights with the adapter added", count * FLOAT, f"{count:,} x {FLOAT} B")]
 

@@ -61,8 +61,9 @@ class Roles(nn.Module):
             hidden states.
         trainable: the roles that get gradients.
         engine: ``native``, or ``hf`` for plain transformers: padded batches and whole logits.
-        recompute: passes with gradients keep the inputs of the layers only, and compute the rest
-            again, under the role that they were computed under, in the backward pass.
+        recompute: memory before time: passes with gradients keep the inputs of the layers only, and
+            compute the rest again, under the role that they were computed under, in the backward
+            pass; sampling does not add the adapter to the weights first.
 
     Raises:
         InputError: the native engine does not know the base's kind of attention.
@@ -80,7 +81,7 @@ class Roles(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.engine = engine
+        self.engine, self._recompute = engine, recompute
         self.base = base.eval().requires_grad_(False)
         self.peft = add_adapters(base, adapters)
         self.models = nn.ModuleDict(dict(models or {}))
@@ -266,7 +267,7 @@ class Roles(nn.Module):
         streams: Sequence[int] | None = None,
     ) -> Generated:
         """Sample responses under a role; see ``align.generation.generate``."""
-        with self.use(role) as model, lora.summed(model):
+        with self.use(role) as model, nullcontext() if self._recompute else lora.summed(model):
             return generate(
                 model,
                 prompt_ids,

@@ -1,4 +1,4 @@
-"""Stages of two processes that are interrupted and go on, bit for bit."""
+"""Stages of two and of four processes that are interrupted and go on, bit for bit."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from tests.stages.test_several_processes import (
     run,
 )
 
-EVERY_STEP = ("run.checkpoint_steps=1", "--nproc", "2")
+EVERY_STEP = "run.checkpoint_steps=1"
 LONG = {"sft": "sft.epochs=8.0", "reward": "reward.epochs=8.0", "ppo": "ppo.steps=6"}
 # With the recipe's dropout, which draws from generators that differ between the processes.
 TRAINING = ("base.dtype=float32", "evaluate=null", "ppo=null")
@@ -54,20 +54,20 @@ def one(root: Path) -> Path:
 
 
 def interrupted(
-    root: Path, stage: str, name: str, *more: str, by: signal.Signals, after: int = 2
+    root: Path, stage: str, name: str, *more: str, by: signal.Signals, processes: int = 2
 ) -> tuple[int, str]:
     """Send a signal when some checkpoints have been written; return the exit code and the errors.
 
     To the launcher, which passes it on; SIGKILL to one of the processes, which is the end of all.
     """
     with subprocess.Popen(
-        command(root, stage, LORA, name, LONG[stage], *more, *EVERY_STEP),
+        command(root, stage, LORA, name, LONG[stage], *more, EVERY_STEP, "--nproc", str(processes)),
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
         folder = root / "runs" / name / stage / "checkpoints"
-        while not list(folder.glob(f"step-*[{after}-9]")):
+        while not list(folder.glob("step-*[2-9]")):
             assert process.poll() is None
             time.sleep(0.05)
         os.kill(rank(1, process.pid) if by is signal.SIGKILL else process.pid, by)
@@ -76,12 +76,14 @@ def interrupted(
     return process.wait(), errors
 
 
-def check_goes_on(root: Path, stage: str, *settings: str, by: signal.Signals) -> str:
+def check_goes_on(
+    root: Path, stage: str, *settings: str, by: signal.Signals, processes: int = 2
+) -> str:
     """Compare a run that was interrupted with one that was not; return what it said then."""
-    name = f"{stage}-{by.name}-{sha256(' '.join(settings).encode()).hexdigest()[:12]}"
-    given = [*settings, LONG[stage], *EVERY_STEP]
+    name = f"{stage}-{processes}-{by.name}-{sha256(' '.join(settings).encode()).hexdigest()[:12]}"
+    given = [*settings, LONG[stage], EVERY_STEP, "--nproc", str(processes)]
     whole = align(root, stage, LORA, f"{name}-whole", *given) / stage
-    code, errors = interrupted(root, stage, name, *settings, by=by)
+    code, errors = interrupted(root, stage, name, *settings, by=by, processes=processes)
     assert code == (1 if by is signal.SIGKILL else 128 + by), errors
     found = root / "runs" / name / stage
     assert not (found / "stage.json").exists()
@@ -111,9 +113,10 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_group_goes_on_bit_for_bit(root: Path) -> None:
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_group_goes_on_bit_for_bit(root: Path, processes: int) -> None:
     settings = [*TRAINING, "distributed.zero=2"]
-    errors = check_goes_on(root, "sft", *settings, by=signal.SIGTERM)
+    errors = check_goes_on(root, "sft", *settings, by=signal.SIGTERM, processes=processes)
     assert errors.count("stopping after this step") == 1  # one process speaks
 
 

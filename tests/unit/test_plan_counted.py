@@ -187,6 +187,17 @@ def test_sampling_adds_the_adapter_to_the_weights_that_the_plan_says(
     assert bool(kept) == (dtype == "float32" and make is tiny.llama)
 
 
+def test_with_checkpointing_sampling_adds_nothing(tmp_path, monkeypatch) -> None:
+    base = {"id": "x", "gradient_checkpointing": True}
+    (rollout,) = (p for p in plans(recipe(base=base))["ppo"].phases if p.name == "rollout")
+    assert not [item for item in rollout.items if item.name.startswith("weights with")]
+    monkeypatch.setattr(lora, "summed", lambda _: pytest.fail("added"))
+    folder = adapters.sft_adapter(tiny.llama(), tmp_path / "a")
+    made = Roles(tiny.llama(), {"policy": folder}, recompute=True)
+    settings = {"temperature": 1.0, "max_new_tokens": 4, "pad_id": 0, "seed": 0, "end_ids": [1]}
+    assert made.generate("policy", [[5, 6]], **settings).responses
+
+
 @pytest.mark.parametrize("trunk", ["own", "policy"])
 def test_ppo_holds_deep_heads(tmp_path, trunk) -> None:
     made = roles(tmp_path, torch.float32, layout="shared", trunk=trunk, layers="all")
