@@ -86,6 +86,16 @@ def test_a_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         nodes(2, hostfile=file)
 
 
+def test_two_machines_of_one_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "hosts"
+    file.write_text("node.east slots=1\nnode.west slots=1\n")
+    monkeypatch.setattr(socket, "gethostname", lambda: "node.west")
+    assert nodes(hostfile=file)[0].rank == 1
+    monkeypatch.setattr(socket, "gethostname", lambda: "node")  # either of them
+    with pytest.raises(InputError, match="say which it is by --node-rank"):
+        nodes(hostfile=file)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
