@@ -64,6 +64,7 @@ def test_every_machine_has_a_number() -> None:
         ({"count": 2, "rank": 0}, "--nodes: needs --rendezvous HOST:PORT"),
         ({"count": 2, "rank": 0, "rendezvous": "h"}, "--rendezvous=h: allowed: HOST:PORT"),
         ({"count": 2, "rank": 0, "rendezvous": "h:70000"}, "a port from 1 to 65535"),
+        ({"count": 2, "rank": 0, "rendezvous": "h:0"}, "a port from 1 to 65535"),
     ],
 )
 def test_what_is_missing_is_named(given: dict[str, Any], message: str) -> None:
@@ -130,6 +131,8 @@ def test_a_dry_run_prints_the_command_of_every_machine(tmp_path: Path) -> None:
         assert lines[1 + rank].startswith(f"  node {rank}: PYTHONSAFEPATH=1 ")
         assert lines[1 + rank].split()[-len(words) :] == words
     assert not (tmp_path / "runs").exists()
+    patient = ("--hostfile", "hosts", "--rendezvous-timeout", "90", "--dry-run")
+    assert align(tmp_path, "sft", "r.yaml", *patient)[0].count(" --wait 90 ") == 2
     _, errors = align(
         tmp_path, "sft", "r.yaml", "--nodes", "3", "--rendezvous", "a:1", "--dry-run", code=2
     )

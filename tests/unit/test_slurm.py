@@ -64,7 +64,8 @@ def test_every_stage_is_made_on_all_nodes_and_the_rest_on_one(tmp_path: Path) ->
     assert script(tmp_path, *words, "--output", "job") == "job\n"
     assert "job: exists already" in script(tmp_path, *words, "--output", "job", code=2)
     text = (tmp_path / "job").read_text()
-    for line in ("job-name=miniature-smoke", "nodes=2", "ntasks-per-node=1", "gpus-per-node=2"):
+    places = ("nodes=2", "ntasks-per-node=1", "gpus-per-node=2")
+    for line in ("job-name=miniature-smoke", *places, "signal=TERM@300"):
         assert f"#SBATCH --{line}\n" in text
     said = run(tmp_path, text.replace(sys.executable, str(python)), SAY).splitlines()
     recipe = f"{ROOT}/pipelines/recipes/miniature/smoke.yaml seed=7 data.root=a b"
