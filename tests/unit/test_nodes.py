@@ -171,11 +171,12 @@ def node(rank: int, count: int, port: int, seconds: int, work: str) -> subproces
 
 def test_machines_that_do_not_come_are_named() -> None:
     port = free_port()
-    found = [node(0, 2, port, 2, "sft"), node(1, 2, free_port(), 2, "sft")]
+    found = [node(0, 3, port, 2, "sft"), node(1, 3, free_port(), 2, "sft")]
     first, second = (one.communicate(timeout=60)[1] for one in found)
     assert all(one.returncode == 1 for one in found)
     assert (
-        f"1 rendezvous at localhost:{port}: of 2 nodes these have not come within 2 s: 1" in first
+        f"1 rendezvous at localhost:{port}: of 3 nodes these have not come within 2 s: 1, 2"
+        in first
     )
     assert "node 0 does not answer within 2 s" in second
 
