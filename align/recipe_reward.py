@@ -1,5 +1,7 @@
 """What a recipe may say about the reward model: the losses, and which of them go together."""
 
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -62,15 +64,20 @@ class Classes(Section):
         return self
 
     @property
-    def numbers(self) -> dict[str, int]:
+    def numbers(self) -> Mapping[str, int]:
         """Return the number of every label as rows may write it: its name, or its number.
 
         Where a name looks like a number itself, as with stars from 1 to 5, only names count.
         """
-        named = {label: number for number, label in enumerate(self.labels)}
-        if any(label.lstrip("+-").isdecimal() for label in self.labels):
-            return named
-        return named | {str(number): number for number in named.values()}
+        return _numbers(tuple(self.labels))
+
+
+@lru_cache(maxsize=8)  # every row asks
+def _numbers(labels: tuple[str, ...]) -> Mapping[str, int]:
+    named = {label: number for number, label in enumerate(labels)}
+    if any(label.lstrip("+-").isdecimal() for label in labels):
+        return named
+    return named | {str(number): number for number in named.values()}
 
 
 class RewardBase(Section):

@@ -46,6 +46,9 @@ from reward.model import LINEAR, bare, name_labels
 
 Classifier = PeftModel | PreTrainedModel
 
+# What a pass through a small encoder costs beside its tokens, in tokens: a few milliseconds.
+_FIXED_TOKENS_ON_CPU, _FIXED_TOKENS = 32, 4096
+
 
 class Form(NamedTuple):
     """How an encoder's rows are made and its score is read; stands in ``score.json``."""
@@ -88,19 +91,36 @@ class EncoderReward(nn.Module):
         return widths_of(trained)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Score rows ``[B, T]`` of prompt and response, as ``RewardModel`` does."""
+        """Score rows ``[B, T]`` of prompt and response, as ``RewardModel`` does.
+
+        Rows of like length go through the encoder together, apart from the others.
+        """
+        pad_id = bare(self.classifier).config.pad_token_id or 0
+        ids, mask = left_aligned(input_ids, attention_mask, pad_id)
+        lengths = mask.sum(1).clamp(min=1).tolist()
+        fixed = _FIXED_TOKENS_ON_CPU if ids.device.type == "cpu" else _FIXED_TOKENS
+        passes = passes_of_like_length(lengths, fixed)
+        logits = []
+        for rows in passes:
+            width = max(lengths[row] for row in rows)
+            logits.append(self._logits(ids[rows, :width], mask[rows, :width]))
+        places = torch.tensor([row for rows in passes for row in rows]).argsort()
+        raw = torch.cat(logits)[places.to(ids.device)].squeeze(-1)
+        return (raw - self.shift) / self.scale
+
+    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the logits ``[B, C]`` of rows whose padding is on the right."""
         classifier = bare(self.classifier)
-        ids, mask = left_aligned(input_ids, attention_mask, classifier.config.pad_token_id or 0)
         inputs = {"input_ids": ids, "attention_mask": mask.long()}
         if getattr(classifier.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = segments(ids, mask, self.form.separator)
+        logits: Tensor
         if self.form.pooling == "cls":
             logits = classifier(**inputs).logits
         else:
             states = classifier.base_model(**inputs).last_hidden_state
             logits = classifier.score(masked_mean(states, mask))
-        raw: Tensor = logits.squeeze(-1)
-        return (raw - self.shift) / self.scale
+        return logits
 
     def calibrate(self, shift: float, scale: float) -> None:
         """Set the shift and scale of the scores."""
@@ -116,6 +136,31 @@ class EncoderReward(nn.Module):
         """Write ``score.json`` anew."""
         numbers = self.shift.item(), self.scale.item()
         write_calibration(folder, *numbers, self.labels, self._widths, **self.form._asdict())
+
+
+def passes_of_like_length(lengths: Sequence[int], fixed: int) -> list[list[int]]:
+    """Divide rows into the passes that cost least, padded each to its longest row.
+
+    Args:
+        lengths: of the rows, in tokens.
+        fixed: what a pass costs beside its tokens, in tokens.
+
+    Returns:
+        The numbers of each pass's rows, shortest first.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    best = [
+        (0, 0)
+    ]  # for the first rows of the order: the least cost, and where the last pass begins
+    for end, row in enumerate(order, start=1):
+        costs = (best[first][0] + (end - first) * lengths[row] + fixed for first in range(end))
+        best.append(min(zip(costs, range(end), strict=True)))
+    passes, end = [], len(order)
+    while end:
+        first = best[end][1]
+        passes.append(order[first:end])
+        end = first
+    return passes[::-1]
 
 
 def left_aligned(input_ids: Tensor, mask: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:

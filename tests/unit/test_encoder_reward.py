@@ -10,6 +10,7 @@ import torch
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from align.adapter_methods import check_trained
@@ -30,8 +31,10 @@ from reward.encoder import (
     masked_mean,
     new_encoder_reward,
     num_positions,
+    passes_of_like_length,
     segments,
 )
+from reward.scorer import pad_rows
 from tests import tiny
 
 SEP = 3
@@ -269,3 +272,62 @@ def test_a_conversation_as_an_encoder_reads_it() -> None:
 def test_a_decoders_tokenizer_is_refused() -> None:
     with pytest.raises(InputError, match="no cls_token and no sep_token; allowed: encoders"):
         prepare_encoder_tokenizer(tiny.tokenizer())
+
+
+def test_rows_of_like_length_pass_together() -> None:
+    assert passes_of_like_length([], 10) == []
+    assert passes_of_like_length([7], 10) == [[0]]
+    # 4 x 9 at once is 36; 3 x 2 and 9 apart is 15 and a pass more.
+    assert passes_of_like_length([2, 9, 2, 2], 20) == [[0, 2, 3], [1]]
+    assert passes_of_like_length([2, 9, 2, 2], 22) == [[0, 2, 3, 1]]
+
+
+@pytest.mark.parametrize("fixed", [0, 3, 30])
+def test_no_division_costs_less(fixed: int) -> None:
+    """Against all divisions of the rows in the order of their lengths."""
+    numbers = torch.Generator().manual_seed(fixed)
+    for _ in range(20):
+        lengths = torch.randint(1, 20, (7,), generator=numbers).tolist()
+        in_order = sorted(lengths)
+        costs = []
+        for cuts in range(2**6):
+            ends = [n for n in range(1, 7) if cuts >> (n - 1) & 1] + [7]
+            parts = [in_order[first:end] for first, end in zip([0, *ends], ends, strict=False)]
+            costs.append(sum(len(part) * part[-1] + fixed for part in parts))
+        found = passes_of_like_length(lengths, fixed)
+        assert sorted(row for rows in found for row in rows) == list(range(7))
+        padded = sum(len(rows) * max(lengths[row] for row in rows) for rows in found)
+        assert padded + fixed * len(found) == min(costs)
+
+
+@bases
+@poolings
+def test_passes_change_neither_scores_nor_gradients(
+    make: MakeBase, pooling: Pooling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = trained(make, pooling, tmp_path, "full")
+    texts = [[5 + i % 20 for i in range(n)] for n in (30, 2, 3, 28, 2)]
+    ids, mask = pad_rows(texts, 0)
+    weights = torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0])
+    found = []
+    for fixed in (10**6, 1):
+        monkeypatch.setattr("reward.encoder._FIXED_TOKENS_ON_CPU", fixed)
+        shapes: list[torch.Size] = []
+        hook = model.backbone.register_forward_pre_hook(
+            lambda _, args, given, shapes=shapes: shapes.append([*args, *given.values()][0].shape),
+            with_kwargs=True,
+        )
+        model.zero_grad()
+        scores = model(ids, mask)
+        (scores * weights).sum().backward()
+        hook.remove()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((shapes, scores.detach(), gradients))
+    (at_once, expected, theirs), (apart, ours, own) = found
+    assert at_once == [(5, 30)]
+    assert apart == [(2, 2), (1, 3), (1, 28), (1, 30)]
+    assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    alone = [model(ids[row : row + 1], mask[row : row + 1]).detach() for row in range(5)]
+    assert_close(ours, torch.cat(alone), rtol=1e-5, atol=1e-6)
+    assert any(g.abs().max() > 0 for g in theirs.values())
+    assert_close(own, theirs, rtol=1e-4, atol=1e-5)
