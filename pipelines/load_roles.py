@@ -99,7 +99,7 @@ def load_roles(
         heads=_heads(folders, base.config.hidden_size, value_on_policy=value_on_policy),
         trainable=trainable,
         engine=engine or ("hf" if why_not_packed(base.config) else "native"),
-        recompute=job.recipe.base.gradient_checkpointing and bool(trainable),
+        recompute=job.recipe.base.gradient_checkpointing,
     ).to(compute_device())
     check_base(roles, texts, expected)
     limits = job.recipe.data

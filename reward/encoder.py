@@ -46,7 +46,7 @@ from reward.model import LINEAR, bare, name_labels
 
 Classifier = PeftModel | PreTrainedModel
 
-# What a pass through a small encoder costs beside its tokens, in tokens: a few milliseconds.
+# What a pass costs beside its tokens, in tokens: of a small encoder on one core; assumed on a GPU.
 _FIXED_TOKENS_ON_CPU, _FIXED_TOKENS = 32, 4096
 
 
@@ -149,9 +149,8 @@ def passes_of_like_length(lengths: Sequence[int], fixed: int) -> list[list[int]]
         The numbers of each pass's rows, shortest first.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    best = [
-        (0, 0)
-    ]  # for the first rows of the order: the least cost, and where the last pass begins
+    # Of the first rows of the order: the least cost, and where the last pass begins.
+    best = [(0, 0)]
     for end, row in enumerate(order, start=1):
         costs = (best[first][0] + (end - first) * lengths[row] + fixed for first in range(end))
         best.append(min(zip(costs, range(end), strict=True)))

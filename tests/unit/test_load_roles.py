@@ -1,5 +1,7 @@
 """The roles as they come from the folders of finished stages."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
+from align import lora
 from align.recipe import Recipe, TokenizerSection
 from align.sequences import join
 from data.load import LoadedData
@@ -80,6 +83,24 @@ def test_step_0_agrees_with_a_reference_on_a_base_in_bfloat16(
         kl = roles.logprobs("policy", batch) - roles.logprobs("reference", batch)
     allowed = ppo._reference_tolerance(roles, ppo._TOLERANCE["bfloat16"])
     assert 0 < float(kl.abs().max()) < allowed
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_where_memory_comes_first_evaluation_copies_no_weights(
+    job: StageJob, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    monkeypatch.setattr(StageJob, "check_origin", lambda *_: None)
+    changes = {"dtype": "float32", "gradient_checkpointing": checkpointing}
+    base = job.recipe.base.model_copy(update=changes)
+    job = replace(job, recipe=job.recipe.model_copy(update={"base": base}))
+    job.parents["sft"] = None  # type: ignore[assignment]
+    folders = {"reference": job.parent_folder("sft") / "model"}
+    roles = load_roles(job, folders, max_new_tokens=8).roles  # as evaluate does: trains nothing
+    copied: list[object] = []
+    monkeypatch.setattr(lora, "summed", lambda model: copied.append(model) or nullcontext())
+    settings = {"temperature": 1.0, "max_new_tokens": 4, "pad_id": 0, "seed": 0}
+    roles.generate("reference", [[5, 6]], end_ids=[1], **settings)
+    assert bool(copied) != checkpointing
 
 
 def test_the_tokenizers_of_all_stages_trust_what_the_base_is_trusted_with(
