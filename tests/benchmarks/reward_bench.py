@@ -44,6 +44,7 @@ class Bench:
     parents: Path | None = None  # a finished run with pretrain and sft; None: made here
     data: Path | None = None  # the folder with the published files
     models: tuple[str, ...] = ()  # of the published pairs
+    pairs: tuple[str, ...] = ()  # which of them
     encoder: Path | None = None  # a folder with an encoder
 
     def settings(self, name: str, seed: int) -> list[str]:

@@ -1,7 +1,8 @@
 """Reward models on Anthropic's helpful and harmless pairs, beside length and words alone.
 
     python -m tests.benchmarks.reward_quality hh --data DATA --models decoder encoder
-    python -m tests.benchmarks.reward_quality hh --data DATA --models given --encoder MINILM
+    python -m tests.benchmarks.reward_quality hh --data DATA --models given --encoder MINILM \\
+        --pairs harmless
     python -m tests.benchmarks.reward_hh runs/hh-rlhf-small
 
 The first two train: a decoder and an encoder from scratch, by the recipes ``hh-rlhf/small`` and
@@ -41,10 +42,10 @@ def hh(bench: Bench) -> list[Result]:
     found = []
     for name in bench.models:
         recipe, start = _start(bench, name, root)
-        for kind, files in FILES.items():
+        for kind in bench.pairs:
             train, test = (
                 json.dumps({"path": f"hh_rlhf/{file}.jsonl.gz", "shape": "transcript_pairs"})
-                for file in files
+                for file in FILES[kind]
             )
             changes = [root, f"data.reward.train=[{train}]", f"data.reward.heldout=[{test}]"]
             trained = [

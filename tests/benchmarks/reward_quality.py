@@ -31,7 +31,7 @@ from pipelines.process import quiet_libraries
 from reward.analysis import warnings
 from tests.benchmarks import common
 from tests.benchmarks.reward_bench import Bench, Trained, gold_agreement
-from tests.benchmarks.reward_hh import hh
+from tests.benchmarks.reward_hh import FILES, hh
 from tests.benchmarks.reward_rows import (
     RankingRow,
     Result,
@@ -265,6 +265,13 @@ def main() -> None:
         default=("decoder", "encoder"),
         help="hh: which to train (default: %(default)s)",
     )
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        choices=tuple(FILES),
+        default=tuple(FILES),
+        help="hh: which to learn from (default: %(default)s)",
+    )
     parser.add_argument("--encoder", type=Path, help="hh: the folder of the encoder `given`")
     options = parser.parse_intermixed_args()
     torch.set_num_threads(1)  # before there are others: a forked process would have none of them
@@ -276,6 +283,7 @@ def main() -> None:
         options.parents and options.parents.resolve(),
         options.data and options.data.resolve(),
         tuple(options.models),
+        tuple(options.pairs),
         options.encoder and options.encoder.resolve(),
     )
     found = EXPERIMENTS[options.experiment](bench)
