@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import importlib
 import json
-import sys
 import traceback
 from collections import Counter
 from collections.abc import Sequence
@@ -378,4 +377,4 @@ def _final(metrics: dict[str, float]) -> str:
 
 if __name__ == "__main__":
     # Under its own name, so that a stage's module that imports this one gets the same classes.
-    sys.exit(importlib.import_module("pipelines.stage").main())
+    group.end(importlib.import_module("pipelines.stage").main())
