@@ -1,14 +1,16 @@
 """Quality per wall-clock: gold score over training minutes, Align beside TRL 1.12.
 
     align run miniature run.threads=1
-    python -m tests.benchmarks.quality runs/miniature --trl-python ENV/bin/python
+    python -m tests.benchmarks.quality runs/miniature --trl-python ENV/bin/python \\
+        --variants ppo.value.trunk=policy
 
 Both programs start from the SFT model, the reward model and the prompts of a finished run, with the
 hyper-parameters of its recipe's ``ppo`` section, and run for the same number of updates, seed by
 seed, one after the other, on one thread. TRL gets SFT and reward model merged, in float32, and new
 LoRA adapters of the same size, since it wants to merge before it trains. Every ``ppo.probe_every``
 updates the policy answers held-out prompts, for the gold judge of ``data.judge``; the clock counts
-training alone. What is finished is not run again. Prints a table and draws gold over minutes.
+training alone. Each of ``--variants`` is run as well: Align with this one change. What is finished
+is not run again. Prints a table and draws gold over minutes.
 """
 
 import argparse
@@ -190,11 +192,12 @@ class Judge:
         return sum(scores) / len(scores)
 
 
-def compare(theirs: Curve, ours: Curve, name: str) -> dict[str, Any]:
+def compare(theirs: Curve, ours: Curve, program: str, name: str) -> dict[str, Any]:
     """Return a row: how long each takes until it is first as good as TRL is at its end."""
     goal = theirs.final
     needed, own = theirs.minutes_to(goal), ours.minutes_to(goal)
     return {
+        "Align": program,
         "seed": name,
         "gold before": ours.gold[0],
         "TRL final gold": theirs.final,
@@ -217,6 +220,7 @@ def main() -> None:
     common.add_trl_options(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/quality"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", metavar="key=value", default=[])
     options = parser.parse_intermixed_args()
     options.run, options.out = options.run.resolve(), options.out.resolve()
     quiet_libraries()
@@ -226,19 +230,25 @@ def main() -> None:
     recipe = load_recipe(file, [*parents, *options.overrides])
     renderer, heldout = export(recipe, options.run, options.out / "parents")
     judge = Judge(renderer, heldout)
-    theirs, ours = [], []
+    variants = {"as it is": [], **{change: [change] for change in options.variants}}
+    theirs: list[Curve] = []
+    ours: dict[str, list[Curve]] = {program: [] for program in variants}
     for seed in options.seeds:
         theirs.append(run_trl(options, seed, judge))
-        changes = [*parents, *options.overrides]
-        ours.append(curves.run_ppo(file, options.out, f"align-{seed}", seed, changes))
-    rows = [
-        compare(t, o, str(seed)) for seed, t, o in zip(options.seeds, theirs, ours, strict=True)
-    ]
-    if len(rows) > 1:
-        rows.append(compare(curves.mean(theirs), curves.mean(ours), "mean curve"))
+        for number, (program, changes) in enumerate(variants.items()):
+            name = f"align-{seed}" if number == 0 else f"align-{number}-{seed}"
+            changes = [*parents, *options.overrides, *changes]
+            ours[program].append(curves.run_ppo(file, options.out, name, seed, changes))
+    rows = []
+    for program, found in ours.items():
+        names = [str(seed) for seed in options.seeds]
+        rows += [compare(t, o, program, n) for t, o, n in zip(theirs, found, names, strict=True)]
+        if len(names) > 1:
+            rows.append(compare(curves.mean(theirs), curves.mean(found), program, "mean curve"))
     print(common.table(rows))
     _write(options.out / "quality.json", rows)
-    curves.draw(options.out / "quality.png", {"TRL 1.12": theirs, "Align": ours}, ("minutes",))
+    drawn = {"TRL 1.12": theirs} | {f"Align, {program}": found for program, found in ours.items()}
+    curves.draw(options.out / "quality.png", drawn, ("minutes",))
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
