@@ -16,8 +16,8 @@ def run_in_two(module: str, *arguments: str) -> None:
         port = free.getsockname()[1]
     settings = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     environment = os.environ | settings | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    call = "import sys; from align import group; from {} import process; {}; group.end(0)"
-    call = call.format(module, "process(*sys.argv[1:])")
+    call = f"import sys; from align import group; from {module} import process;"
+    call += " process(*sys.argv[1:]); group.end(0)"
     started = [
         subprocess.Popen(
             [sys.executable, "-c", call, *arguments],
