@@ -16,7 +16,9 @@ from align.recipe_distributed import Distributed
 from align.recipe_types import Optimisation, OptimizerName
 from align.state import State
 from align.zero import deepspeed_settings
+from align.zero_layers import ZeroLayers
 from align.zero_optimizer import ZeroOptimizer
+from align.zero_shards import ShardOptimizer
 
 # The classes of bitsandbytes; "adamw" itself is PyTorch's.
 _BITSANDBYTES: dict[OptimizerName, str] = {
@@ -35,6 +37,7 @@ class Engine:
         section: schedule, warm-up, weight decay and gradient clipping.
         num_steps: optimiser steps in all; the schedule ends there.
         distributed: whether the processes of a group share the optimiser out.
+        layers: with ZeRO 3, what shares the parameters out.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Engine:
         section: Optimisation,
         num_steps: int,
         distributed: Distributed = _ALONE,
+        layers: ZeroLayers | None = None,
     ) -> None:
         self.parameters = [p for parameters, _ in groups for p in parameters]
         # Adam with the epsilon of OpenAI's code (Huang et al. 2024, note on Adam).
@@ -53,8 +57,12 @@ class Engine:
             num_warmup_steps=math.ceil(section.warmup_ratio * num_steps),
             num_training_steps=num_steps,
         )
-        self.optimizer: WholeOptimizer | ZeroOptimizer
-        if distributed.zero:
+        self.optimizer: WholeOptimizer | ZeroOptimizer | ShardOptimizer
+        if layers is not None:
+            offload = distributed.offload != "none"
+            limit = section.max_grad_norm
+            self.optimizer = ShardOptimizer(optimizer, layers, limit, offload=offload)
+        elif distributed.zero:
             self.optimizer = ZeroOptimizer(optimizer, deepspeed_settings(distributed, section))
         else:
             self.optimizer = WholeOptimizer(optimizer, section.max_grad_norm)
@@ -87,6 +95,11 @@ class Engine:
         """Add the loss's gradient."""
         self.optimizer.backward(loss)
 
+    def drop_gradients(self) -> None:
+        """Forget the gradients of all parameters, as if no pass had been made."""
+        for holder in self.optimizer.holders(self.parameters):
+            holder.grad = None
+
     def step(self, trained: Sequence[nn.Parameter]) -> float:
         """Clip, update, clear the gradients; return the gradient's norm before clipping.
 
@@ -101,16 +114,18 @@ class Engine:
                 been changed.
         """
         self.step_count += 1
-        lost = sum(p.grad is None for p in trained)
+        chosen, lost = {id(parameter) for parameter in trained}, 0
+        holders = self.optimizer.holders(self.parameters)
+        for parameter, holder in zip(self.parameters, holders, strict=True):
+            if id(parameter) not in chosen:
+                holder.grad = None
+            elif holder.grad is None:
+                lost += 1
         if lost:
             raise TrainingError(
                 f"optimiser step {self.step_count}: {lost} of {len(trained)} trainable tensors got"
                 " no gradient; a frozen or switched-off adapter is the likely cause"
             )
-        chosen = {id(parameter) for parameter in trained}
-        for parameter in self.parameters:
-            if id(parameter) not in chosen:
-                parameter.grad = None
         norm = self.optimizer.step(trained)
         if not math.isfinite(norm):
             raise TrainingError(
@@ -136,6 +151,10 @@ class WholeOptimizer:
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradient to the parameters' own."""
         self._accelerator.backward(loss)
+
+    def holders(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
+        """Return the tensors that have the gradients of some parameters: they themselves."""
+        return parameters
 
     def step(self, trained: Sequence[nn.Parameter]) -> float:
         """Sum the gradients over the processes, clip, update, and clear them; return their norm.

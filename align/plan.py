@@ -271,8 +271,9 @@ def _roles(setup: Setup, section: Ppo) -> tuple[list[Item], list[int], list[int]
     whole = {"policy": shape.parameters, "value": shape.parameters - shape.head}
     for role in sizes if section.value.trunk == "own" else ("policy",):
         if role in section.own_models:
-            how = f"{whole[role]:,} x {FLOAT} B"
-            items.append(Item(role, whole[role] * FLOAT, how, "weights"))
+            size, how = whole[role] * FLOAT, f"{whole[role]:,} x {FLOAT} B"
+            layers = (shape.linear // shape.layers * FLOAT,) * shape.layers
+            items.append(Item(role, size, how, "weights", layers, trained=True))
             sizes[role] = [whole[role]]
         else:
             items.append(setup.adapter(role))

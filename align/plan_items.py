@@ -24,7 +24,8 @@ class Item:
     bytes: int
     how: str
     kind: Kind = "rest"
-    layers: tuple[int, ...] = ()  # bytes of each of a frozen base's layers, which are part of it
+    layers: tuple[int, ...] = ()  # bytes of each layer of a model in PPO, which are part of it
+    trained: bool = False  # all of the model's weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +92,32 @@ class StagePlan:
     def ppo_together(self, gpus: int, zero: Zero, offload: Offload) -> dict[str, int]:
         """Return what each phase of PPO takes per GPU where so many train by this way of ZeRO.
 
-        Each holds the weights and the gradients of what it trains whole. ZeRO 3 shares the base's
-        layers out: there is a part of them throughout, and beside it they are whole, but where
-        there are gradients only one at a time.
+        Up to ZeRO 2 each holds the weights and the gradients of what it trains whole. ZeRO 3 shares
+        all layers out: there is a part of them throughout, and beside it they are whole, but where
+        there are gradients only one at a time. So are their gradients, of which one layer's are on
+        their way as well; those of the rest that is trained are whole, beside a part.
         """
-        states: Zero = 1 if zero else 0
         offloaded = offload != "none"
+        if zero < 3:
+            states: Zero = 1 if zero else 0
+            bucket = FLOAT * BUCKET if zero == 2 else 0
+            return {
+                phase.name: self._shares(phase, gpus, offloaded=offloaded)[states] + bucket
+                for phase in self.phases
+            }
         layers = [layer for item in self.kept for layer in item.layers]
-        more = FLOAT * BUCKET if zero >= 2 else 0
-        if zero == 3 and offload != "all":
-            more += ceil(sum(layers) / gpus)
+        trained = [layer for item in self.kept if item.trained for layer in item.layers]
+        gradients, kept = self.sum("gradients"), self._without("states")
+        outside = gradients - sum(trained)
+        parts = 0 if offload == "all" else ceil((sum(layers) + outside) / gpus)
+        parts += 0 if offloaded else ceil(_of_kind(self.kept, "states") / gpus)
         found = {}
         for phase in self.phases:
-            found[phase.name] = self._shares(phase, gpus, offloaded=offloaded)[states] + more
-            if zero == 3 and _of_kind(phase.items, "gradients"):
+            found[phase.name] = kept.total(phase) + parts
+            if _of_kind(phase.items, "gradients"):
                 found[phase.name] += max(layers) - sum(layers)
+                found[phase.name] += 2 * max(trained, default=0) - sum(trained)
+                found[phase.name] += 0 if offloaded else ceil(gradients / gpus)
         return found
 
     def _shares(self, phase: Phase, gpus: int, *, offloaded: bool) -> tuple[int, ...]:

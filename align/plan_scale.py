@@ -9,8 +9,12 @@ passes of each per optimiser step, each GPU sends, and receives as much,
 
 where all weights are trained in one pass 2, 2 and 3 times their size (Rajbhandari et al. 2020,
 section 7; a ring's factor (N - 1) / N is 1 there). PPO sends its gradients once per update, in
-which each has added up those of its passes; with ZeRO 3, where W are the base's layers, W for the
-rollout, and what ``layers_gathered`` counts. To and from main memory each moves
+which each has added up those of its passes. With ZeRO 3 those of T trained bytes in layers leave
+with every pass, and layers are gathered as ``gathered_bytes`` counts:
+
+    ZeRO 3, PPO  (N - 1) / N x (p T + 2 (G - T))    and the layers
+
+To and from main memory each moves
 
     optimiser    1 / N x 2 p G                gradients out, added up there, results back
     all          1 / N x ((2 p - 1) G + 2 p W)    the weights in for each gathering, none back
@@ -139,15 +143,20 @@ def _step(recipe: Recipe, plan: StagePlan, shape: Shape, card: Card) -> dict[str
     sizes = plan.sum("weights"), plan.sum("gradients")
     if isinstance(section, Ppo):
         updates, passes = _passes(recipe, section)
-        gathered = layers_gathered(recipe, section, shape) if zero == 3 else 0
-        in_layers = sum(layer for item in plan.kept for layer in item.layers)
-        layers = ceil(gathered / shape.layers * in_layers)
         # It adds the gradients of its passes up by itself.
         sent = updates * sent_bytes(min(zero, 2), *sizes, 1, gpus)
-        sent += ceil(layers * (gpus - 1) / gpus)
         inside: Offload = "none" if chosen.offload == "none" else "optimizer"
         moved = updates * moved_bytes(inside, *sizes, 1, gpus)
-        moved += ceil(layers / gpus) if chosen.offload == "all" else 0
+        if zero == 3:
+            layers = gathered_bytes(recipe, section, plan, shape)
+            trained = sum(sum(item.layers) for item in plan.kept if item.trained)
+            sent += ceil((layers + updates * (passes - 2) * trained) * (gpus - 1) / gpus)
+            # Without a place on the GPU parts need not come back: they are gathered from there.
+            moved += {
+                "none": 0,
+                "optimizer": ceil(updates * (passes - 1) * trained / gpus),
+                "all": ceil((layers + updates * (passes - 2) * trained) / gpus),
+            }[chosen.offload]
         passes *= updates
     else:
         _, passes = rows_and_passes(section, chosen)
@@ -162,16 +171,20 @@ def _step(recipe: Recipe, plan: StagePlan, shape: Shape, card: Card) -> dict[str
     }
 
 
-def layers_gathered(recipe: Recipe, section: Ppo, shape: Shape) -> int:
-    """Return how often a step of PPO makes a layer of the base whole where ZeRO 3 shares them out.
+def gathered_bytes(recipe: Recipe, section: Ppo, plan: StagePlan, shape: Shape) -> int:
+    """Return the bytes of layers that a step of PPO makes whole where ZeRO 3 shares them out.
 
-    All of them once for the rollout; those with adapters, and those between, forward and backward
-    in every pass of policy and critic. The layers below the lowest adapter are computed once.
+    All of them once for the rollout; those with adapters and those between, or all of a model of
+    its own, forward and backward in every pass of policy and critic. The layers below the lowest
+    adapter are computed once.
     """
     updates, passes = _passes(recipe, section)
-    adapted = shape.adapted_layers(recipe.adapter)
-    models = 2 if section.value.trunk == "own" else 1
-    return shape.layers + updates * passes * models * 2 * adapted
+    own = {item.name: sum(item.layers) for item in plan.kept if item.trained}
+    base = sum(sum(item.layers) for item in plan.kept if not item.trained)
+    adapted = ceil(base * shape.adapted_layers(recipe.adapter) / shape.layers)
+    roles = ("policy", "value") if section.value.trunk == "own" else ("policy",)
+    each = sum(own.get(role, adapted) for role in roles)
+    return base + sum(own.values()) + updates * passes * 2 * each
 
 
 def _passes(recipe: Recipe, section: Ppo) -> tuple[int, int]:

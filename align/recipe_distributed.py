@@ -21,7 +21,7 @@ class Distributed(Section):
     processes: Positive = 1  # one per GPU, of all nodes; batch sizes count over all of them
     # What the processes share out instead of each holding all of it (Rajbhandari et al. 2020): 0
     # nothing, 1 the optimiser's states, 2 the gradients as well, 3 also the weights. In ppo a
-    # process holds the gradients of its own passes whole with 2, too, and 3 are the base's layers.
+    # process holds the gradients of its own passes whole with 2, too, and 3 are the models' layers.
     zero: Zero = 0
     # What lies in main memory: the optimiser's states, or the weights as well (with zero=3).
     offload: Offload = "none"
@@ -109,10 +109,6 @@ class Distributed(Section):
         beside = f"in a group (distributed.processes={self.processes}, zero={self.zero})"
         if self.nvme_path is not None:
             problems.append(("distributed.nvme_path", "not built for ppo; allowed with it: null"))
-        for role in ppo.own_models if self.zero == 3 else ():
-            key = "ppo.layout" if role == "policy" else "ppo.value.layout"
-            needed = "what ppo trains is whole in every process, zero=3 or not"
-            problems.append((key, f"{needed}; allowed: shared, or distributed.zero=2"))
         if ppo.ptx is not None and ppo.ptx.batch_size % self.processes:
             needed = f"the {self.processes} processes cannot share it equally"
             allowed = f"allowed: multiples of {self.processes}"

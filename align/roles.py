@@ -134,7 +134,10 @@ class Roles(nn.Module):
         if role in self.models:
             # Trained weights stay in float32; a base in bfloat16 says in what to compute.
             low = self.base.dtype != torch.float32
-            with torch.autocast(self.device.type, dtype=self.base.dtype, enabled=low):
+            # In a pass with gradients each weight is needed once: a copy kept would be in the way.
+            kept = not torch.is_grad_enabled()
+            kind = self.device.type
+            with torch.autocast(kind, self.base.dtype, enabled=low, cache_enabled=kept):
                 yield self.model(role)
             return
         with self._adapters([] if role == "base" else [role]):

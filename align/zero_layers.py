@@ -1,4 +1,4 @@
-"""ZeRO 3 for roles on one frozen base: its layers, shared out to the processes of a group.
+"""ZeRO 3 for roles that share weights: their models' layers, shared out to a group of processes.
 
 The layers are whole while each process computes alone: rollouts, scores, looks at the policy. While
 they train together each process keeps its part of every layer, and a layer is whole in all of them
@@ -6,7 +6,7 @@ only as long as a pass goes through it, forward and backward (Rajbhandari et al.
 DeepSpeed parts and gathers; when, is decided here, as it runs no model whose roles share weights.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,26 +21,40 @@ from align.trunk import layer_list
 
 
 class ZeroLayers:
-    """The layers of a frozen base, whose weights a group shares out; adapters in them stay whole.
+    """The layers of models, whose weights a group shares out; adapters in them stay whole.
+
+    Of what is trained outside of the layers (adapters, heads, embeddings) each process has its part
+    as well, beside the whole: its optimiser changes the part.
 
     Args:
-        base: with all its adapters.
-        settings: see ``align.zero.layer_settings``.
+        models: with all their adapters; the same one may stand for several roles.
+        trained: the weights that an optimiser changes, wherever they are.
+        settings: see ``align.zero``.
+
+    Attributes:
+        before_parting: called with the weights of a layer before they are parted; what a backward
+            pass has left them, it has to take.
 
     Raises:
-        InputError: the base's layers cannot be found.
+        InputError: the layers of a model cannot be found.
     """
 
-    def __init__(self, base: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        models: Sequence[PreTrainedModel],
+        trained: Sequence[nn.Parameter],
+        settings: Mapping[str, Any],
+    ) -> None:
         import deepspeed
 
-        found = layer_list(base.base_model)
-        if found is None:
-            raise InputError(
-                "distributed.zero=3: ppo cannot share this base out: its layers do not stand in one"
-                " list; allowed: 0, 1, 2"
-            )
-        self._weights = {layer: _own_weights(layer) for layer in found[1]}
+        self.before_parting: Callable[[Sequence[nn.Parameter]], None] | None = None
+        self._layers = [layer for model in dict.fromkeys(models) for layer in _layers(model)]
+        self._weights: dict[nn.Module, list[nn.Parameter]]
+        self._weights = {layer: _own_weights(layer) for layer in self._layers}
+        known = {id(weight) for weights in self._weights.values() for weight in weights}
+        self.outside = [weight for weight in trained if id(weight) not in known]
+        self._outside = nn.ParameterList(self.outside)
+        self._weights[self._outside] = self.outside
         every = [weight for weights in self._weights.values() for weight in weights]
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # it takes ours
         deepspeed.zero.Init(module=nn.ParameterList(every), config_dict_or_path=dict(settings))
@@ -48,10 +62,11 @@ class ZeroLayers:
         self._whole: dict[nn.Module, Any] = {}
         self._parted = False
         self._backward: nn.Module | None = None  # the layer through which a backward pass goes
-        for layer in self._weights:
+        for layer in self._layers:
             layer.register_forward_pre_hook(self._before)
             layer.register_forward_hook(self._after)
-            self._gather(layer)
+        for part in self._weights:
+            self._gather(part)
 
     @contextmanager
     def parted(self) -> Iterator[None]:
@@ -59,13 +74,18 @@ class ZeroLayers:
 
         Where one fails they stay as they are: to gather them again would take all processes.
         """
-        for layer in self._weights:
+        for layer in self._layers:
             self._part(layer)
         self._parted = True
         yield
         self._parted = False
-        for layer in self._weights:
+        for layer in self._layers:
             self._gather(layer)
+
+    def renew(self) -> None:
+        """Put the weights outside of the layers together again, from parts that have changed."""
+        self._part(self._outside)
+        self._gather(self._outside)
 
     def _gather(self, layer: nn.Module) -> None:
         if layer not in self._whole:
@@ -74,6 +94,8 @@ class ZeroLayers:
 
     def _part(self, layer: nn.Module) -> None:
         if layer in self._whole:
+            if self.before_parting is not None:
+                self.before_parting(self._weights[layer])
             self._whole.pop(layer).__exit__(None, None, None)
 
     def _before(self, layer: nn.Module, _args: Any) -> None:
@@ -101,6 +123,16 @@ class ZeroLayers:
         if self._backward is not None:
             self._part(self._backward)
             self._backward = None
+
+
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    found = layer_list(model.base_model)
+    if found is None:
+        raise InputError(
+            "distributed.zero=3: ppo cannot share this base out: its layers do not stand in one"
+            " list; allowed: 0, 1, 2"
+        )
+    return list(found[1])
 
 
 def _own_weights(layer: nn.Module) -> list[nn.Parameter]:

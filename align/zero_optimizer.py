@@ -56,6 +56,10 @@ class ZeroOptimizer:
             else:
                 parameter.grad += gradient
 
+    def holders(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
+        """Return the tensors that have the gradients of some parameters: they themselves."""
+        return parameters
+
     def step(self, trained: Sequence[nn.Parameter]) -> float:
         """Sum the gradients over the processes, clip, update, and clear them; return their norm.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from align.recipe import StageName
 from align.stages import group_size, parent_stages
-from align.zero import WITHOUT_ZERO, shown_settings
+from align.zero import WITHOUT_ZERO, deepspeed_settings
 from launch.command import Command
 from launch.experiment import Experiment, why_to_run
 from launch.tables import print_json
@@ -51,7 +51,7 @@ def plan(experiment: Experiment, stages: Sequence[StageName]) -> dict[StageName,
             result[stage] |= _facts(experiment.command(stage))
         if experiment.recipe.distributed.zero and stage not in WITHOUT_ZERO:
             section = getattr(experiment.recipe, stage)
-            result[stage]["deepspeed"] = shown_settings(experiment.recipe.distributed, section)
+            result[stage]["deepspeed"] = deepspeed_settings(experiment.recipe.distributed, section)
     return result
 
 

@@ -23,7 +23,7 @@ from align.published import CARDS, CONFIGS
 from align.recipe import Recipe
 from align.recipe_distributed import Distributed, Zero
 from align.stages import stage_directory
-from align.zero import WITHOUT_ZERO, shown_settings
+from align.zero import WITHOUT_ZERO, deepspeed_settings
 from launch.command import Python
 from launch.experiment import Experiment
 from launch.packages import ROOT
@@ -200,7 +200,7 @@ def make_plan(
     }
     if recipe.distributed.zero:
         result["deepspeed"] = {
-            stage.stage: shown_settings(recipe.distributed, getattr(recipe, stage.stage))
+            stage.stage: deepspeed_settings(recipe.distributed, getattr(recipe, stage.stage))
             for stage in stages
             if stage.stage not in WITHOUT_ZERO
         }

@@ -1,6 +1,7 @@
 """One step at the longest lengths before training, which shows at once if memory is short."""
 
 from collections.abc import Callable, Sequence
+from math import ceil
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from align.errors import TrainingError
 from align.plan_memory import adam_bytes
 from align.recipe import Recipe, StageName
+from align.recipe_distributed import Distributed
 from align.recipe_types import Optimisation
 
 # Where each stage's memory comes from, besides what all stages share.
@@ -44,7 +46,7 @@ def check_memory(
     device = trained[0].device
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            states = _optimizer_states(trained, section)
+            states = _optimizer_states(trained, section, recipe.distributed)
             loss = step()
             if loss is not None:
                 loss.backward()
@@ -60,13 +62,19 @@ def check_memory(
         torch.cuda.empty_cache()
 
 
-def _optimizer_states(trained: Sequence[nn.Parameter], section: Optimisation) -> Tensor:
-    """Return a block as large as the optimiser's states will be; paged ones can leave a full GPU.
+def _optimizer_states(
+    trained: Sequence[nn.Parameter], section: Optimisation, distributed: Distributed
+) -> Tensor:
+    """Return a block as large as this process's part of the optimiser's states will be.
 
-    On a CPU it is address space that nothing is written to.
+    Paged ones can leave a full GPU, offloaded ones are not there. On a CPU it is address space that
+    nothing is written to.
     """
-    sizes = [] if section.optimizer.startswith("paged") else [p.numel() for p in trained]
+    elsewhere = section.optimizer.startswith("paged") or distributed.offload != "none"
+    sizes = [] if elsewhere else [p.numel() for p in trained]
     count = adam_bytes(sizes, section.optimizer)
+    if distributed.zero:
+        count = ceil(count / distributed.processes)
     return torch.empty(count, dtype=torch.uint8, device=trained[0].device)
 
 

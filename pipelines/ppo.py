@@ -24,7 +24,7 @@ from align.recipe_ppo import Ppo
 from align.roles import Role, Roles
 from align.seeds import derive_seed
 from align.sequences import join
-from align.zero import layer_settings
+from align.zero import deepspeed_settings
 from align.zero_layers import ZeroLayers
 from data.order import draw
 from data.records import Prompt
@@ -63,8 +63,8 @@ def run(job: StageJob) -> StageResult | None:
     prompts = usable_prompts(job, loaded, job.data["prompts"].train)
     longest = max(len(loaded.renderer.prompt(prompt.messages)) for prompt in prompts)
     ptx = Ptx(job, loaded, section) if section.ptx is not None else None
-    engine = _engine(roles, section, recipe.distributed)
     layers = _share_out(roles, section, recipe.distributed)
+    engine = _engine(roles, section, recipe.distributed, layers)
     updater = Updater(roles, engine, section, ptx=ptx, tolerance=tolerance, layers=layers)
     scaler, stopping = ScoreScaler(section.reward_scaling), Stopping(section)
     kept = KeptPolicy(section, roles, Probe(job, loaded, score), scaler)
@@ -201,24 +201,29 @@ def _try_longest(
         )
         sequences = join([prompt] * rows, [response] * rows).to(roles.device)
         updater.try_backward(roles.with_trunk(sequences))
+        engine.drop_gradients()
 
     what = f"prompts of {longest} and responses of {section.max_new_tokens} tokens"
     check_memory(recipe, "ppo", engine.parameters, step, what)
 
 
-def _engine(roles: Roles, section: Ppo, distributed: Distributed) -> Engine:
+def _engine(
+    roles: Roles, section: Ppo, distributed: Distributed, layers: ZeroLayers | None = None
+) -> Engine:
     updates = section.steps * section.epochs * (section.batch_size // section.minibatch_size)
     groups = [
         (roles.role_parameters("policy"), section.lr),
         (roles.role_parameters("value"), section.value_lr or section.lr),
     ]
-    return Engine(groups, section, updates, distributed)
+    return Engine(groups, section, updates, distributed, layers)
 
 
 def _share_out(roles: Roles, section: Ppo, distributed: Distributed) -> ZeroLayers | None:
     if distributed.zero < 3:
         return None
-    return ZeroLayers(roles.base, layer_settings(distributed, section))
+    models = [roles.base, *(roles.model(role) for role in roles.models)]
+    trained = roles.role_parameters("policy") + roles.role_parameters("value")
+    return ZeroLayers(models, trained, deepspeed_settings(distributed, section))
 
 
 def _next_kl_coef(coef: float, kl: float, section: Ppo) -> float:

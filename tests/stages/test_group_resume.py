@@ -138,6 +138,7 @@ def test_by_every_way_and_killed(root: Path, one: Path, stage: str, way: list[st
         (["distributed.zero=1"], signal.SIGKILL),
         (["distributed.zero=2", "distributed.offload=optimizer"], signal.SIGKILL),
         (["distributed.zero=3"], signal.SIGKILL),
+        (["distributed.zero=3", "ppo.layout=separate"], signal.SIGKILL),
     ],
 )
 def test_ppo_goes_on(root: Path, one: Path, way: list[str], by: signal.Signals) -> None:

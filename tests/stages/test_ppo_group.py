@@ -105,7 +105,7 @@ def test_by_every_other_way(
 @pytest.mark.parametrize(
     ("more", "zero"),
     [
-        *(("ppo.layout=separate", zero) for zero in (0, 1, 2)),
+        *(("ppo.layout=separate", zero) for zero in (0, 1, 2, 3)),
         *(("ppo.ptx={coef: 2.0, batch_size: 4}", zero) for zero in (2, 3)),
     ],
 )
@@ -117,14 +117,17 @@ def test_other_training(root: Path, more: str, zero: int) -> None:
 
 
 @pytest.mark.slow
-def test_all_weights_in_every_stage(root: Path) -> None:
+@pytest.mark.parametrize("zero", [2, 3])
+def test_all_weights_in_every_stage(root: Path, zero: int) -> None:
     whole = ("base.dtype=float32", "adapter={method: full}", "evaluate=null")
-    made = alone(root, "whole", LORA, ("sft", "reward"), *whole, "ppo=null")
+    made = alone(root, f"whole-{zero}", LORA, ("sft", "reward"), *whole, "ppo=null")
     others = [word for word in SETTINGS if not word.startswith(("adapter", "base", "evaluate"))]
     settings = [*others, *whole, parent(made)[0], "sft=null"]
     settings += [f"run.parents.reward={made / 'reward'}", "ppo.layout=separate"]
-    expected = alone(root, "whole-one", LORA, ("ppo",), *settings) / "ppo"
-    check_same(align(root, "ppo", LORA, "whole-2", *settings, "--nproc", "2") / "ppo", expected)
+    expected = alone(root, f"whole-one-{zero}", LORA, ("ppo",), *settings) / "ppo"
+    way = (f"distributed.zero={zero}", "--nproc", "2")
+    found = align(root, "ppo", LORA, f"whole-two-{zero}", *settings, *way)
+    check_same(found / "ppo", expected)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from align.published import CONFIGS
 from align.recipe_distributed import Distributed, rows_and_passes
 from align.recipe_io import load_recipe
 from align.recipe_types import Optimisation
-from align.zero import deepspeed_settings, layer_settings, shown_settings
+from align.zero import deepspeed_settings
 from data.order import SortedBatches, WholeBatches
 from launch.command import Python, stage_command
 from launch.plan import make_plan
@@ -60,10 +60,6 @@ def test_what_does_not_go_together_is_refused_by_name(overrides: list[str], mess
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            ["distributed.zero=3", "ppo.layout=separate", "ppo.value.layout=shared"],
-            r"ppo.layout=separate: what ppo trains .*; allowed: shared, or distributed.zero=2",
-        ),
         (["ppo.ptx={coef: 1.0, batch_size: 4}"], "ppo.ptx.batch_size.* allowed: multiples of 3"),
         (["ppo.rollout.engine=hf"], "ppo.rollout.engine=hf: not built in a group"),
         (["distributed.zero=1", "ppo.optimizer=adamw_8bit"], "ppo.optimizer=.*: not built with"),
@@ -136,20 +132,14 @@ def test_a_disk_without_libaio_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         group.join(deepspeed=True, timeout=1.0, nvme=True)
 
 
-def test_ppo_leaves_weights_to_what_shares_out_the_layers() -> None:
+def test_ppo_leaves_the_optimiser_of_zero_3_to_us() -> None:
     recipe = load_recipe(LORA, ["distributed.zero=3", "distributed.offload=all"])
     assert recipe.ppo is not None
-    optimizer = deepspeed_settings(recipe.distributed, recipe.ppo)["zero_optimization"]
-    assert (optimizer["stage"], optimizer["offload_optimizer"]) == (2, {"device": "cpu"})
-    assert "offload_param" not in optimizer
-    settings = layer_settings(recipe.distributed, recipe.ppo)["zero_optimization"]
-    assert settings == {
+    assert deepspeed_settings(recipe.distributed, recipe.ppo)["zero_optimization"] == {
         "stage": 3,
         "memory_efficient_linear": False,  # else it would put its own in the place of torch's
         "offload_param": {"device": "cpu"},
     }
-    shown = shown_settings(recipe.distributed, recipe.ppo)
-    assert (shown["zero_optimization"], shown["layers"]) == (optimizer, settings)
 
 
 def test_the_whole_batch_is_divided_where_no_pass_is_named() -> None:
@@ -240,10 +230,31 @@ def test_the_plan_of_ppo_with_shared_layers() -> None:
         for zero, offload in ((2, "optimizer"), (3, "optimizer"), (3, "all"))
     )
     layers = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11_008)  # in bfloat16
-    # A quarter stays, and in updates one of 32 layers is whole.
-    assert three["rollout"] - two["rollout"] == layers // 4
-    assert two["update"] - three["update"] == layers - layers // 32 - layers // 4
-    assert three["update"] - offloaded["update"] == layers // 4
+    trained, bucket = 4 * (2 * 39_976_960 + 4096), 4 * 5_000_000  # policy, critic, and its head
+    # A quarter of layers and of what is trained stays, and in updates one of 32 layers is whole.
+    assert three["rollout"] - two["rollout"] == (layers + trained) // 4 - bucket
+    one = layers // 32
+    assert two["update"] - three["update"] == layers - one - (layers + trained) // 4 + bucket
+    assert three["update"] - offloaded["update"] == (layers + trained) // 4
+
+
+def test_the_plan_of_ppo_with_models_of_its_own_shared_out() -> None:
+    recipe = load_recipe(LORA, ["ppo.layout=separate"])
+    (ppo,) = (
+        p for p in plan_recipe(recipe, read_shape(CONFIGS[recipe.base.id])) if p.stage == "ppo"
+    )
+    whole, parted = (ppo.ppo_together(4, zero, "none") for zero in (0, 3))
+    linear = 32 * (4 * 4096**2 + 3 * 4096 * 11_008)
+    rest = 32_000 * 4096 + (2 * 32 + 1) * 4096  # embeddings and norms; the policy's head as well
+    trained = 4 * (2 * (linear + rest) + 32_000 * 4096 + 4096)  # and the critic's
+    layers = (2 + 4 + 4) * linear  # of the base in bfloat16, of policy and critic
+    # Whole weights all the same, and a part of them; of Adam's two moments a quarter.
+    shared = (layers + trained - 8 * linear) // 4
+    assert parted["rollout"] - whole["rollout"] == shared - 2 * trained * 3 // 4
+    # In updates one layer is whole; of a layer's gradients those that come, and those that leave.
+    one = 4 * linear // 32
+    less = layers - one + 8 * linear - 2 * one - trained // 4
+    assert whole["update"] - parted["update"] == less - shared + 2 * trained * 3 // 4
 
 
 @pytest.mark.parametrize(

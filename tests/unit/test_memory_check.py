@@ -78,7 +78,10 @@ def test_too_little_memory_stops_with_the_keys_to_lower() -> None:
 
 
 def test_the_optimisers_states_need_their_place_as_well() -> None:
-    """64 Mi numbers: 1/2 GiB of moments, 1/8 in eight bits, none on the GPU if they are paged."""
+    """64 Mi numbers: 1/2 GiB of moments; 1/8 in eight bits, none on the GPU if they are paged.
+
+    With ZeRO a share of them, or none.
+    """
     layer = nn.Linear(2**13, 2**13, bias=False, device="meta").to_empty(device="cpu")
     parameters, step = list(layer.parameters()), lambda: None
     with room(GIB * 3 // 8):
@@ -87,6 +90,9 @@ def test_the_optimisers_states_need_their_place_as_well() -> None:
         for optimizer in ("adamw_8bit", "paged_adamw"):
             training = {"lr": 1e-3, "batch_size": 8, "optimizer": optimizer}
             check_memory(recipe(sft=training), "sft", parameters, step, "")
+        for way in ({"zero": 2}, {"zero": 1, "offload": "optimizer", "processes": 1}):
+            group = recipe(distributed={"processes": 2} | way)
+            check_memory(group, "sft", parameters, step, "")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])

@@ -145,6 +145,26 @@ def test_ppo_gathers_the_layers_of_its_base_in_every_pass() -> None:
     assert facts[2]["moved_bytes"] - facts[1]["moved_bytes"] == times * layers // 4
 
 
+def test_ppo_sends_the_gradients_of_whole_layers_with_every_pass() -> None:
+    own = "ppo.layout=separate"
+    two, three, offloaded = (
+        plan(LORA, 4, own, f"distributed.zero={zero}", f"distributed.offload={offload}")
+        for zero, offload in ((2, "optimizer"), (3, "optimizer"), (3, "all"))
+    )
+    facts = [given["scaling"]["stages"]["ppo"][4] for given in (two, three, offloaded)]
+    linear = 32 * (4 * 4096**2 + 3 * 4096 * 11_008)
+    updates, passes = 2 * 2, 8
+    # Forward and backward, of policy and critic; for the rollout the base's in bfloat16, too.
+    gathered = (2 + 2 * 4) * linear + updates * passes * 2 * 2 * 4 * linear
+    trained = 2 * 4 * linear
+    # Gradients of layers leave with every pass; what they become is gathered with the layers.
+    more = gathered + updates * (passes - 2) * trained
+    assert facts[1]["sent_bytes"] - facts[0]["sent_bytes"] == more * 3 // 4
+    back = updates * (passes - 1) * trained
+    assert facts[1]["moved_bytes"] - facts[0]["moved_bytes"] == back // 4
+    assert facts[2]["moved_bytes"] - facts[0]["moved_bytes"] == more // 4
+
+
 def test_steps_make_up_the_stage() -> None:
     recipe = load_recipe("miniature", ["data.prompts.heldout=[]"])
     shape = base_shape(recipe)

@@ -2,16 +2,18 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
 from align import group
+from align.engine import Engine
 from align.recipe_distributed import Distributed, Offload
 from align.recipe_ppo import Ppo
 from align.roles import Roles
 from align.sequences import join
-from align.zero import layer_settings
+from align.zero import deepspeed_settings
 from align.zero_layers import ZeroLayers
 from tests import adapters, tiny
 from tests.two_processes import run_in_two
@@ -20,6 +22,7 @@ from tests.unit.test_roles import PROMPTS, RESPONSES, head
 SECTION = Ppo(
     reward="align.functions:none", lr=1.0, batch_size=4, minibatch_size=4, steps=1, max_new_tokens=4
 )
+LAYERS = ("LlamaDecoderLayer", "GPT2Block")
 KINDS = {"llama": tiny.llama, "gpt2": tiny.gpt2}
 CASES: tuple[tuple[str, str, Offload, bool], ...] = (  # the last: activations are recomputed
     ("llama", "all", "none", True),
@@ -40,6 +43,7 @@ def process(folder: str) -> None:
     group.join(deepspeed=True, timeout=120.0)
     for number, (kind, _, offload, recompute) in enumerate(CASES):
         same_numbers(kind, Path(folder) / str(number), offload, recompute=recompute)
+        same_training(kind, Path(folder) / str(number), offload, recompute=recompute)
     group.leave()
 
 
@@ -56,9 +60,8 @@ def make_roles(kind: str, adapter: Path, *, recompute: bool) -> Roles:
 def same_numbers(kind: str, adapter: Path, offload: Offload, *, recompute: bool) -> None:
     plain, roles = (make_roles(kind, adapter, recompute=recompute) for _ in range(2))
     distributed = Distributed(processes=2, zero=3, offload=offload)
-    shared = ZeroLayers(roles.base, layer_settings(distributed, SECTION))
-    kinds = ("DecoderLayer", "Block")
-    layers = [m for m in roles.base.modules() if type(m).__name__.endswith(kinds)]
+    shared = ZeroLayers([roles.base], trained(roles), deepspeed_settings(distributed, SECTION))
+    layers = [m for m in roles.base.modules() if type(m).__name__ in LAYERS]
     assert len(layers) == roles.base.config.num_hidden_layers
     assert_whole(roles, plain)
 
@@ -70,13 +73,55 @@ def same_numbers(kind: str, adapter: Path, offload: Offload, *, recompute: bool)
         assert not any(map(is_whole, layers))
         assert_close(numbers(roles), expected, rtol=0, atol=0)
         assert not any(map(is_whole, layers))
-        trained = [p for p in roles.base.parameters() if p.requires_grad]
-        assert all(p.numel() > 0 for p in trained)  # adapters stay
+        assert all(p.numel() > 0 for p in trained(roles))  # adapters stay
     for handle in watches:
         handle.remove()
     assert seen
     assert all(sum(whole) == 1 for whole in seen)  # the one that computes
     assert_whole(roles, plain)
+
+
+def same_training(kind: str, adapter: Path, offload: Offload, *, recompute: bool) -> None:
+    """Policy and critic are models of their own, all of whose weights are trained."""
+    plain, roles = (own_models(kind, adapter, recompute=recompute) for _ in range(2))
+    distributed = Distributed(processes=2, zero=3, offload=offload)
+    models = [roles.base, roles.model("policy"), roles.model("value")]
+    shared = ZeroLayers(models, trained(roles), deepspeed_settings(distributed, SECTION))
+    whole, parted = (
+        Engine([(trained(one), 1e-2)], SECTION, 9, way, layers)
+        for one, way, layers in ((plain, Distributed(), None), (roles, distributed, shared))
+    )
+    layers = [m for model in models[1:] for m in model.modules() if type(m).__name__ in LAYERS]
+    for _ in range(2):
+        norm = pytest.approx(one_step(plain, whole, layers=[]), rel=1e-5)
+        with shared.parted():
+            assert one_step(roles, parted, layers=layers) == norm
+            assert not any(map(is_whole, layers))
+        for (name, ours), theirs in zip(roles.named_parameters(), plain.parameters(), strict=True):
+            assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n} {m}")
+    before = trained(own_models(kind, adapter, recompute=recompute))
+    assert not any(torch.equal(ours, old) for ours, old in zip(trained(roles), before, strict=True))
+
+
+def own_models(kind: str, adapter: Path, *, recompute: bool) -> Roles:
+    return Roles(
+        KINDS[kind](),
+        {"reference": adapter},
+        models={"policy": KINDS[kind](), "value": KINDS[kind]().base_model},
+        heads={"value": head(0)},
+        trainable=("policy", "value"),
+        recompute=recompute,
+    )
+
+
+def one_step(roles: Roles, engine: Engine, *, layers: list[nn.Module]) -> float:
+    """A pass of both roles, over another text in each process, and a step of all weights."""
+    row = slice(group.rank(), group.rank() + 1)
+    batch = join(PROMPTS[row], RESPONSES[row])
+    for output in (roles.logprobs("policy", batch), roles.values(batch)):
+        engine.backward(output.square().sum())
+        assert all(p.grad is None for layer in layers for p in layer.parameters())  # none is whole
+    return engine.step(trained(roles))
 
 
 def watch(
@@ -95,12 +140,15 @@ def numbers(roles: Roles) -> list[torch.Tensor]:
     logprobs.square().sum().backward()
     values = roles.values(batch)
     values.square().sum().backward()
-    trained = [p for role in ("policy", "value") for p in roles.role_parameters(role)]
-    gradients = [p.grad for p in trained if p.grad is not None]
-    assert len(gradients) == len(trained)
+    gradients = [p.grad for p in trained(roles) if p.grad is not None]
+    assert len(gradients) == len(trained(roles))
     return [logprobs.detach(), values.detach(), roles.logprobs("reference", batch).detach()] + [
         gradient.clone() for gradient in gradients
     ]
+
+
+def trained(roles: Roles) -> list[nn.Parameter]:
+    return [p for role in ("policy", "value") for p in roles.role_parameters(role)]
 
 
 def is_whole(layer: nn.Module) -> bool:

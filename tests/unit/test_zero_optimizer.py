@@ -1,4 +1,4 @@
-"""The optimiser that DeepSpeed shares out, in two gloo processes, beside PyTorch's AdamW."""
+"""The optimisers that ZeRO shares out, in two gloo processes, beside PyTorch's AdamW."""
 
 from copy import deepcopy
 
@@ -12,6 +12,8 @@ from align.engine import Engine
 from align.errors import TrainingError
 from align.recipe_distributed import Distributed
 from align.recipe_ppo import Ppo
+from align.zero import deepspeed_settings
+from align.zero_layers import ZeroLayers
 from tests.two_processes import run_in_two
 
 SECTION = Ppo(
@@ -30,6 +32,8 @@ WAYS = (
     Distributed(processes=2, zero=1),
     Distributed(processes=2, zero=2),
     Distributed(processes=2, zero=2, offload="optimizer"),
+    Distributed(processes=2, zero=3),
+    Distributed(processes=2, zero=3, offload="all"),
 )
 SHAPES = [[(5, 3), (7,)], [(4, 4)]]  # of a policy and of a critic; no two divide equally
 RATES = [1e-2, 1e-3]
@@ -56,7 +60,11 @@ def parameters() -> list[list[nn.Parameter]]:
 
 
 def engine(groups: list[list[nn.Parameter]], way: Distributed) -> Engine:
-    return Engine(list(zip(groups, RATES, strict=True)), SECTION, 9, way)
+    layers = None
+    if way.zero == 3:  # which are of no layer: whole but for the step
+        every = [p for one in groups for p in one]
+        layers = ZeroLayers([], every, deepspeed_settings(way, SECTION))
+    return Engine(list(zip(groups, RATES, strict=True)), SECTION, 9, way, layers)
 
 
 def gradients(step: int, row: int) -> list[torch.Tensor]:
@@ -92,7 +100,9 @@ def steps_are_adamws(way: Distributed) -> None:
         assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(trained, 0.5)), rel=1e-5)
         adamw.step()
         assert_close(groups, expected, rtol=1e-6, atol=1e-6)
-    held = sum(v.numel() for s in made.share()["parts"] for n, v in s.items() if n == "exp_avg")
+    share = made.share()
+    states = share["state"].values() if way.zero == 3 else share["parts"]
+    held = sum(v.numel() for s in states for n, v in s.items() if n == "exp_avg")
     assert held <= (5 * 3 + 7 + 4 * 4) // 2 + 4  # half of the numbers, filled up
 
 
