@@ -89,7 +89,7 @@ def _begin(job: StageJob, state: PpoState) -> None:
     assert job.recipe.ppo is not None
     job.log.start(job.recipe.ppo.steps)
     if job.recipe.distributed.zero == 3:
-        job.log.note("ZeRO 3: the base's layers are whole in every process, except for updates")
+        job.log.note("ZeRO 3: all layers are whole in every process, except for updates")
     if job.checkpoints.found is not None:
         state.load(job.checkpoints.found.path)
         return
