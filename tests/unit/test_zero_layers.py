@@ -92,6 +92,9 @@ def same_training(kind: str, adapter: Path, offload: Offload, *, recompute: bool
         for one, way, layers in ((plain, Distributed(), None), (roles, distributed, shared))
     )
     layers = [m for model in models[1:] for m in model.modules() if type(m).__name__ in LAYERS]
+    most = {"weights": 0, "gradients": 0}
+    for weight in trained(roles):
+        weight.register_post_accumulate_grad_hook(lambda _: count(most, roles, parted))
     for _ in range(2):
         norm = pytest.approx(one_step(plain, whole, layers=[]), rel=1e-5)
         with shared.parted():
@@ -99,8 +102,36 @@ def same_training(kind: str, adapter: Path, offload: Offload, *, recompute: bool
             assert not any(map(is_whole, layers))
         for (name, ours), theirs in zip(roles.named_parameters(), plain.parameters(), strict=True):
             assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n} {m}")
+    check_memory(most, roles, parted, layers)
     before = trained(own_models(kind, adapter, recompute=recompute))
     assert not any(torch.equal(ours, old) for ours, old in zip(trained(roles), before, strict=True))
+
+
+def check_memory(
+    most: dict[str, int], roles: Roles, engine: Engine, layers: list[nn.Module]
+) -> None:
+    """As the plan counts: a part of all layers and one whole; of the rest the whole, and a part."""
+    of_layer = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    in_layers = {id(p) for layer in layers for p in layer.parameters()}
+    outside = sum(p.numel() for p in trained(roles) if id(p) not in in_layers)
+    parts = sum(part.numel() for part in engine.optimizer.holders(engine.parameters))
+    assert parts <= sum(p.numel() for p in trained(roles)) / 2 + len(trained(roles))  # filled up
+    frozen = sum(p.numel() for p in roles.parameters() if not hasattr(p, "ds_tensor"))
+    base = [p.ds_tensor for p in roles.base.parameters() if hasattr(p, "ds_tensor")]
+    shared = sum(part.numel() for part in base)
+    assert most["weights"] == 4 * (shared + parts + frozen + outside + of_layer)
+    assert 4 * of_layer < most["gradients"] <= 4 * (parts + outside + of_layer)
+
+
+def count(most: dict[str, int], roles: Roles, engine: Engine) -> None:
+    """Note the most bytes that weights and their gradients take in this process."""
+    parts = engine.optimizer._parts
+    shared = [p for p in roles.parameters() if hasattr(p, "ds_tensor")]
+    weights = [*roles.parameters(), *(p.ds_tensor for p in shared)]
+    gradients = [p.grad for p in (*roles.parameters(), *parts.values()) if p.grad is not None]
+    for kind, tensors in (("weights", weights), ("gradients", gradients)):
+        places = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        most[kind] = max(most[kind], sum(places.values()))
 
 
 def own_models(kind: str, adapter: Path, *, recompute: bool) -> Roles:
