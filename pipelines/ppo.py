@@ -51,7 +51,7 @@ def run(job: StageJob) -> StageResult | None:
     """Train policy and critic; see the module's docstring.
 
     Of several processes each holds all roles and takes its part of every minibatch; gradients are
-    summed, and the optimiser's states may be shared out; during updates the base's layers, too.
+    summed, and the optimiser's states may be shared out; during updates the models' layers, too.
     What is decided, the first decides for all.
     """
     recipe, section = job.recipe, job.recipe.ppo
