@@ -1,7 +1,7 @@
 """What two processes train beside what one does: every stage, by every way of ZeRO, in float32.
 
     python -m tests.benchmarks.zero_equivalence
-    python -m tests.benchmarks.zero_equivalence --stages sft reward base.quantization=nf4
+    python -m tests.benchmarks.zero_equivalence base.quantization=nf4 --stages sft reward
 
 Two gloo processes on the CPU with real DeepSpeed against one without, each stage from the same
 parents, on the tiny Llama and data of the tests (``tests/stages/test_several_processes.py``,
