@@ -146,12 +146,13 @@ def own_models(kind: str, adapter: Path, *, recompute: bool) -> Roles:
 
 
 def one_step(roles: Roles, engine: Engine, *, layers: list[nn.Module]) -> float:
-    """A pass of both roles, over another text in each process, and a step of all weights."""
-    row = slice(group.rank(), group.rank() + 1)
-    batch = join(PROMPTS[row], RESPONSES[row])
-    for output in (roles.logprobs("policy", batch), roles.values(batch)):
-        engine.backward(output.square().sum())
-        assert all(p.grad is None for layer in layers for p in layer.parameters())  # none is whole
+    """Two passes of both roles, in each process over other texts first, and a step of all."""
+    for number in (group.rank(), 1 - group.rank()):
+        row = slice(number, number + 1)
+        batch = join(PROMPTS[row], RESPONSES[row])
+        for output in (roles.logprobs("policy", batch), roles.values(batch)):
+            engine.backward(output.square().sum())
+            assert all(p.grad is None for one in layers for p in one.parameters())  # none is whole
     return engine.step(trained(roles))
 
 
