@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.zero_equivalence
     python -m tests.benchmarks.zero_equivalence base.quantization=nf4 --stages sft reward
+    python -m tests.benchmarks.zero_equivalence ppo.layout=separate --stages ppo
 
 Two gloo processes on the CPU with real DeepSpeed against one without, each stage from the same
 parents, on the tiny Llama and data of the tests (``tests/stages/test_several_processes.py``,
@@ -56,7 +57,8 @@ def distance(ours: Path, theirs: Path) -> float:
 def table(root: Path, stages: list[StageName], overrides: list[str]) -> None:
     """Make every stage by one process and by every way of two; print a line for each."""
     base(root, 4)
-    common = [*LORA_IN_FLOAT32, *overrides]
+    parents = [word for word in overrides if not word.startswith("ppo.")]
+    common = [*LORA_IN_FLOAT32, *parents]
     one = alone(root, "one", LORA, ("sft", "reward"), *common)
     given: dict[StageName, list[str]] = {"sft": common, "reward": [*common, *parent(one)]}
     places = [*parent(one), f"run.parents.reward={one / 'reward'}"]
