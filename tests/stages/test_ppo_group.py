@@ -43,7 +43,7 @@ WAYS = [
     ["distributed.zero=3"],
     ["distributed.zero=3", "distributed.offload=all", "base.gradient_checkpointing=true"],
 ]
-GROUPS = [*((2, way) for way in WAYS), *((4, [f"distributed.zero={zero}"]) for zero in (0, 2))]
+GROUPS = [*((2, way) for way in WAYS), *((4, [f"distributed.zero={zero}"]) for zero in (0, 2, 3))]
 NF4 = ("base.quantization=nf4", "base.compute_dtype=float32")
 
 
