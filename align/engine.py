@@ -11,6 +11,7 @@ from transformers import get_scheduler
 
 from align import group
 from align.errors import TrainingError
+from align.loss_scale import LossScale
 from align.quantization import bitsandbytes
 from align.recipe_distributed import Distributed
 from align.recipe_types import Optimisation, OptimizerName
@@ -38,6 +39,7 @@ class Engine:
         num_steps: optimiser steps in all; the schedule ends there.
         distributed: whether the processes of a group share the optimiser out.
         layers: with ZeRO 3, what shares the parameters out.
+        in_float16: gradients go through float16, so that losses have to be scaled.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class Engine:
         num_steps: int,
         distributed: Distributed = _ALONE,
         layers: ZeroLayers | None = None,
+        *,
+        in_float16: bool = False,
     ) -> None:
         self.parameters = [p for parameters, _ in groups for p in parameters]
         # Adam with the epsilon of OpenAI's code (Huang et al. 2024, note on Adam).
@@ -66,6 +70,7 @@ class Engine:
             self.optimizer = ZeroOptimizer(optimizer, deepspeed_settings(distributed, section))
         else:
             self.optimizer = WholeOptimizer(optimizer, section.max_grad_norm)
+        self.loss_scale = LossScale(self.parameters) if in_float16 else None
         self.step_count = 0
 
     @property
@@ -78,6 +83,7 @@ class Engine:
         return {
             "optimizer": self.optimizer.state(),
             "scheduler": self.scheduler.state_dict(),
+            "loss_scale": self.loss_scale.state() if self.loss_scale is not None else None,
             "step_count": self.step_count,
         }
 
@@ -89,10 +95,14 @@ class Engine:
         """Go on from what ``state`` and ``share`` have returned, and the parameters as they are."""
         self.optimizer.load(state["optimizer"], share)
         self.scheduler.load_state_dict(state["scheduler"])
+        if self.loss_scale is not None:
+            self.loss_scale.load(state["loss_scale"])
         self.step_count = state["step_count"]
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradient."""
+        if self.loss_scale is not None:
+            loss = self.loss_scale.scaled(loss)
         self.optimizer.backward(loss)
 
     def drop_gradients(self) -> None:
@@ -103,7 +113,8 @@ class Engine:
     def step(self, trained: Sequence[nn.Parameter]) -> float:
         """Clip, update, clear the gradients; return the gradient's norm before clipping.
 
-        The gradient is the sum over the processes, if there are several.
+        The gradient is the sum over the processes, if there are several. In float16 one that is not
+        finite is forgotten, and its step left out: its loss had been scaled too far.
 
         Args:
             trained: the parameters to update, of each group all or none; the others are left as
@@ -127,12 +138,18 @@ class Engine:
                 " no gradient; a frozen or switched-off adapter is the likely cause"
             )
         norm = self.optimizer.step(trained)
-        if not math.isfinite(norm):
+        is_finite = math.isfinite(norm)
+        if self.loss_scale is not None:
+            self.loss_scale.update(is_finite=is_finite)
+        elif not is_finite:
             raise TrainingError(
                 f"optimiser step {self.step_count}: the gradient's norm is {norm}; the weights"
                 " were left as they are; try a smaller lr"
             )
-        self.scheduler.step()
+        if is_finite:
+            self.scheduler.step()
+        else:
+            self.drop_gradients()
         return norm
 
 

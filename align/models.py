@@ -287,7 +287,8 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
 
 def dtype(base: Base) -> torch.dtype:
     """Return the recipe's dtype of the base weights."""
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[base.dtype]
+    found: torch.dtype = getattr(torch, base.dtype)
+    return found
 
 
 def first_line(error: Exception) -> str:

@@ -17,7 +17,6 @@ with. That decides while responses are sampled, one token of each row at a time.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal
 
 from align.inputs import world_rows
 from align.plan import pretrain_setup, reward_setup
@@ -26,6 +25,7 @@ from align.plan_model import Shape, linear_bytes
 from align.plan_setup import Setup, ranking_tokens, responses_per_ranking, rows_per_pass
 from align.published import Card
 from align.recipe import Recipe, Source, StageName
+from align.recipe_types import Dtype
 from align.stages import planned_stages
 
 # Shares of a card's published figures that passes are assumed to reach. Full training reaches 0.4
@@ -85,9 +85,7 @@ class StageWork:
     per_rows: int | None = None
 
 
-def card_speed(
-    name: str, card: Card, quantized: bool, dtype: Literal["float32", "bfloat16"] = "bfloat16"
-) -> Speed:
+def card_speed(name: str, card: Card, quantized: bool, dtype: Dtype = "bfloat16") -> Speed:
     """Return what a card is assumed to do, computing in numbers of a kind."""
     flops = card.float32 if dtype == "float32" else card.flops
     return Speed(

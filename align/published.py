@@ -36,7 +36,7 @@ class Card:
 
     Attributes:
         memory: bytes, as sold: 80 GB are 80e9.
-        flops: operations per second in bfloat16, dense, accumulated in float32.
+        flops: operations per second in bfloat16 or float16, dense, accumulated in float32.
         float32: operations per second in float32, without tensor cores.
         bandwidth: bytes per second between the GPU and its memory.
         link: bytes per second that it sends to others of its machine, and receives: half of what

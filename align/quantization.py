@@ -44,9 +44,9 @@ def bitsandbytes(key: str) -> Any:
 def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
     """Return what the base's linear layers compute in on ``device``; never a library's default.
 
-    ``auto`` is bfloat16 where the processor has instructions for it, else float32: float16 would
-    need its gradients scaled. LLM.int8 has float16 built into its forward pass (Dettmers et al.
-    2022); its gradients are in the dtype of what went in.
+    ``auto`` is bfloat16 where the processor has instructions for it; else float16 on a GPU, as on a
+    T4 or V100, and float32 on a CPU, which is slow in float16. LLM.int8 has float16 built into its
+    forward pass (Dettmers et al. 2022); its gradients are in the dtype of what went in.
     """
     if base.quantization == "none":
         name: str = base.dtype
@@ -57,7 +57,7 @@ def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
     elif has_bfloat16(device):
         name = "bfloat16"
     else:
-        name = "float32"
+        name = "float16" if device.type == "cuda" else "float32"
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 

@@ -5,7 +5,7 @@ key, a wrong type or an impossible combination is an error that names the key (`
 adds file and line). Batch sizes are global: they count over all processes and accumulation steps.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ from align.recipe_pretrain import Pretrain
 from align.recipe_reward import Label, Reward
 from align.recipe_run import Run
 from align.recipe_types import (
+    Dtype,
     Fraction,
     FunctionName,
     NotNegative,
@@ -39,28 +40,16 @@ class Base(Section):
     # "pretrain": the model that this recipe's pretrain stage makes; else a hub id or a folder.
     id: str
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"  # of frozen weights; what is trained is float32
     # How the linear layers of the body are stored while adapters are trained on them.
     quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
     double_quantization: bool = False  # 4-bit: the scales of the blocks are quantised, too
-    # What 4-bit layers compute in. auto: bfloat16 where the processor has it, else float32; the
-    # manifest says which.
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # What 4-bit layers compute in. auto: bfloat16 where the processor has it, else float16 on a GPU
+    # and float32 on a CPU; the manifest says which.
+    compute_dtype: Literal["auto"] | Dtype = "auto"
     # sft, reward and ppo compute layers again in the backward pass: slower, with far less memory.
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_float16(cls, values: Any) -> Any:
-        for key in ("dtype", "compute_dtype"):
-            if isinstance(values, dict) and values.get(key) == "float16":
-                refuse(
-                    key,
-                    "small gradients become 0 in it unless the loss is scaled, which Align does not"
-                    " do; allowed: bfloat16, float32",
-                )
-        return values
 
     @model_validator(mode="after")
     def _check(self) -> "Base":

@@ -64,7 +64,7 @@ class Adapter(Section):
         method = f"adapter.method={self.method}"
         if self.method in _OF_THE_BASE and dtype != "float32":
             needed = f"{method} trains weights of the base, and AdamW's small updates vanish in"
-            mixed = "float32 weights computed in bfloat16 are built for ppo.layout=separate only"
+            mixed = f"float32 weights computed in {dtype} are built for ppo.layout=separate only"
             problem = f"{needed} {dtype} ({mixed}); allowed with it: float32"
             problems.append(("base.dtype", problem))
         if self.method in ("full", "top_layers", "bitfit") and quantization != "none":

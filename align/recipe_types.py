@@ -28,6 +28,7 @@ RunName = Annotated[
         " digit",
     ),
 ]
+Dtype = Literal["float32", "bfloat16", "float16"]
 Strings = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 
 

@@ -132,7 +132,7 @@ class Roles(nn.Module):
         freeze one of two trained roles; this only changes which adapters the layers add.
         """
         if role in self.models:
-            # Trained weights stay in float32; a base in bfloat16 says in what to compute.
+            # Trained weights stay in float32; a base in 16 bits says in what to compute.
             low = self.base.dtype != torch.float32
             # In a pass with gradients each weight is needed once: a copy kept would be in the way.
             kept = not torch.is_grad_enabled()

@@ -74,8 +74,10 @@ def plan_experiment(
     shape = base_shape(recipe)
     if card is not None:
         limit = limit or CARDS[card].memory
-        quantized = recipe.base.quantization != "none"  # whose layers compute in bfloat16
-        dtype = "bfloat16" if quantized else recipe.base.dtype
+        base, dtype = recipe.base, recipe.base.dtype
+        quantized = base.quantization != "none"
+        if quantized:  # what its layers compute in; the cards have bfloat16
+            dtype = base.compute_dtype if base.compute_dtype != "auto" else "bfloat16"
         speed = card_speed(card, CARDS[card], quantized, dtype)
     elif calibrate:
         speed = _measure(experiment, shape)

@@ -16,6 +16,7 @@ from align.adapters import save_adapter
 from align.engine import Engine
 from align.errors import TrainingError
 from align.functional import next_kl_coef
+from align.loss_scale import needs_scaling
 from align.machine import peak_bytes
 from align.models import base_location
 from align.recipe import Recipe
@@ -215,7 +216,9 @@ def _engine(
         (roles.role_parameters("policy"), section.lr),
         (roles.role_parameters("value"), section.value_lr or section.lr),
     ]
-    return Engine(groups, section, updates, distributed, layers)
+    return Engine(
+        groups, section, updates, distributed, layers, in_float16=needs_scaling(roles.base)
+    )
 
 
 def _share_out(roles: Roles, section: Ppo, distributed: Distributed) -> ZeroLayers | None:
@@ -253,8 +256,8 @@ def _check_frozen(roles: Roles, before: list[float]) -> None:
 def _reference_tolerance(roles: Roles, tolerance: float) -> float:
     """Allow more where policy and reference round differently, token by token.
 
-    The policy's own weights are float32, rounded to bfloat16 where they are used; the reference is
-    a base in bfloat16 with its adapter beside it.
+    The policy's own weights are float32, rounded to 16 bits where they are used; the reference is a
+    base in 16 bits with its adapter beside it.
     """
     mixed = "policy" in roles.models and roles.base.dtype != torch.float32
     return 10 * tolerance if mixed else tolerance

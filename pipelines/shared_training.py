@@ -6,18 +6,17 @@ rankings of the whole batch, and multiplied by the number of processes, which un
 """
 
 import gc
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align import group
-from align.errors import TrainingError
+from align.loss_scale import LossScale, needs_scaling
 from align.recipe_types import Optimisation
 from align.seeds import derive_seed
 from align.state import State, copy_into
@@ -42,7 +41,6 @@ def share_batches(
     rows_in_order = order or SeedableRandomSampler(range(rows), data_seed=seed)
     batches = WholeBatches(rows_in_order, section.batch_size, rows if blank else None)
     setattr(trainer, "_get_train_sampler", lambda dataset=None: batches)  # noqa: B010
-    trainer.add_callback(_Finite(trainer))
     # Dropout differs between the processes, as it does between the rows of a batch.
     torch.manual_seed(derive_seed(seed, "rank", group.rank()))
 
@@ -69,6 +67,27 @@ def alone_again(trainer: Trainer, model: Model, rebuild: Callable[[], Model]) ->
     whole = rebuild()
     copy_into(trained_parameters(whole), trained)
     return whole
+
+
+def scale_losses(trainer: Trainer) -> LossScale | None:
+    """Scale the losses of a trainer whose model needs it; see ``align.loss_scale``.
+
+    Not by the trainer's own ``fp16``, which is for GPUs and would round adapters to 16 bits, nor by
+    DeepSpeed's, which would round all of the model.
+    """
+    model: Any = trainer.model
+    if not needs_scaling(model):
+        return None
+    scale = LossScale(trained_parameters(model).values())
+    compute_loss = trainer.compute_loss
+
+    def compute_scaled(*args: Any, **kwargs: Any) -> Any:
+        found = compute_loss(*args, **kwargs)
+        scale.scaled(found[0] if isinstance(found, tuple) else found)
+        return found
+
+    setattr(trainer, "compute_loss", compute_scaled)  # noqa: B010
+    return scale
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -110,6 +129,20 @@ def load_optimizer_share(trainer: Trainer, saved: State) -> None:
     load_states_share(_optimizer(trainer), saved)
 
 
+def gradient_norm(trainer: Trainer) -> float:
+    """Return the norm of the gradient that a step begins with, which is that of all processes.
+
+    DeepSpeed has made the step by the time that callbacks are asked; if the norm is not finite it
+    has changed nothing.
+    """
+    if trainer.is_deepspeed_enabled:
+        engine: Any = trainer.model_wrapped
+        return float(engine.get_global_grad_norm())
+    assert trainer.model is not None
+    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
 def _optimizer(trainer: Trainer) -> Any:
     """Return DeepSpeed's optimiser."""
     engine: Any = trainer.model_wrapped
@@ -123,28 +156,3 @@ def _shares_parameters(trainer: Trainer) -> bool:
 def _zero_stage(trainer: Trainer) -> int:
     plugin = trainer.accelerator.state.deepspeed_plugin
     return plugin.zero_stage if plugin is not None else 0
-
-
-class _Finite(TrainerCallback):
-    """Stops a trainer on DeepSpeed, which makes the step itself, after one that was not finite."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
-    ) -> None:
-        """Look at the norm of the gradient, which is that of all processes.
-
-        Raises:
-            TrainingError: it is no finite number.
-        """
-        if not self._trainer.is_deepspeed_enabled:
-            return
-        engine: Any = self._trainer.model_wrapped
-        norm = float(engine.get_global_grad_norm())
-        if not math.isfinite(norm):
-            raise TrainingError(
-                f"step {state.global_step + 1}: the gradient's norm is {norm}; nothing of this"
-                " training is kept. Lower lr, or look at the rows of this step"
-            )

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 
 from align import group
+from align.loss_scale import LossScale
 from align.state import (
     State,
     copy_into,
@@ -31,6 +32,7 @@ from pipelines.shared_training import (
     is_shared_out,
     load_optimizer_share,
     optimizer_share,
+    scale_losses,
     trained_parameters,
     whole_parameters,
 )
@@ -43,10 +45,11 @@ _SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
 
 def train_to_end(trainer: Trainer, job: StageJob, looks: HeldoutLooks | None = None) -> TrainerLog:
     """Train, from the stage's checkpoint if it has one; log, look and secure on the way."""
-    log = connect(trainer, job.log)
+    scale = scale_losses(trainer)
+    log = connect(trainer, job.log, scale)
     if looks is not None:
         trainer.add_callback(looks)
-    trainer.add_callback(_Secured(trainer, job.checkpoints, looks))
+    trainer.add_callback(_Secured(trainer, job.checkpoints, looks, scale))
     found = job.checkpoints.found
     with job.signals.held():
         trainer.train(resume_from_checkpoint=str(found.path) if found is not None else None)
@@ -59,9 +62,14 @@ class _Secured(TrainerCallback):
     """Has a trainer save at the boundaries that ``Checkpoints`` chooses, and go on from there."""
 
     def __init__(
-        self, trainer: Trainer, checkpoints: Checkpoints, looks: HeldoutLooks | None
+        self,
+        trainer: Trainer,
+        checkpoints: Checkpoints,
+        looks: HeldoutLooks | None,
+        scale: LossScale | None,
     ) -> None:
-        self._trainer, self._checkpoints, self._looks = trainer, checkpoints, looks
+        self._trainer, self._checkpoints = trainer, checkpoints
+        self._looks, self._scale = looks, scale
         self._own: State = {}
         if checkpoints.found is not None:
             # Before the trainer takes the model in hand, which may share its parameters out.
@@ -70,6 +78,8 @@ class _Secured(TrainerCallback):
             copy_into(trained_parameters(trainer.model), saved.pop("parameters"))
             if looks is not None:
                 looks.load(saved.pop("looks"))
+            if scale is not None:
+                scale.load(saved.pop("loss_scale"))
             self._common, self._own = saved, load_state(checkpoints.found.path, own_state_name())
         self._prepare: Callable[..., Any] = trainer._prepare_for_training
         replaced: dict[str, Callable[..., Any]] = {
@@ -120,6 +130,7 @@ class _Secured(TrainerCallback):
             "optimizer": None if shared_out else trainer.optimizer.state_dict(),
             "scheduler": trainer.lr_scheduler.state_dict(),
             "looks": self._looks.state() if self._looks is not None else None,
+            "loss_scale": self._scale.state() if self._scale is not None else None,
         }
         if group.is_first():
             save_state(folder, common)

@@ -20,11 +20,13 @@ from transformers import (
 )
 
 from align.errors import TrainingError
+from align.loss_scale import LossScale
 from align.metrics import MetricsLog
 from align.quantization import bitsandbytes
 from align.recipe_distributed import Distributed, rows_and_passes
 from align.recipe_types import Optimisation, OptimizerName
 from align.zero import deepspeed_settings
+from pipelines.shared_training import gradient_norm
 
 # By their names in transformers.
 _OPTIMIZERS: dict[OptimizerName, str] = {
@@ -40,13 +42,17 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 class TrainerLog(TrainerCallback):
-    """Forwards a trainer's log lines, and stops it before a step with a non-finite gradient.
+    """Forwards a trainer's log lines, and stops it at a step with a non-finite gradient.
 
     The trainer has to count tokens: ``include_num_input_tokens_seen="non_padding"``.
+
+    Args:
+        scale: of the losses, where they have to be scaled: a step that was scaled too far is left
+            out.
     """
 
-    def __init__(self, log: MetricsLog) -> None:
-        self._log = log
+    def __init__(self, trainer: Trainer, log: MetricsLog, scale: LossScale | None) -> None:
+        self._trainer, self._log, self._scale = trainer, log, scale
         self._since = (0.0, 0)  # time and tokens at the last line
         self.last: dict[str, float] = {}  # the values of the last line
 
@@ -65,12 +71,17 @@ class TrainerLog(TrainerCallback):
         Raises:
             TrainingError: it holds a NaN or an infinity; the weights are still good.
         """
-        gradients = [p.grad for p in rest["model"].parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item()
-        if not math.isfinite(norm):
+        norm = gradient_norm(self._trainer)
+        is_finite = math.isfinite(norm)
+        if self._scale is not None:
+            self._scale.update(is_finite=is_finite)
+            if not is_finite:
+                for parameter in rest["model"].parameters():
+                    parameter.grad = None  # the optimiser passes over it
+        elif not is_finite:
             raise TrainingError(
-                f"step {state.global_step + 1}: the gradient's norm is {norm}; stopped before the"
-                " update. Lower lr, or look at the rows of this step"
+                f"step {state.global_step + 1}: the gradient's norm is {norm}; nothing was updated."
+                " Lower lr, or look at the rows of this step"
             )
 
     def on_step_end(
@@ -102,18 +113,21 @@ class TrainerLog(TrainerCallback):
         started, before = self._since
         self._since = (now, tokens)
         values = {"loss": logs["loss"], "lr": logs["learning_rate"]}
-        # The norm before clipping.
-        values["grad_norm"] = float(logs["grad_norm"])
+        norm = float(logs["grad_norm"])  # before clipping
+        if math.isfinite(norm):
+            values["grad_norm"] = norm
+        if self._scale is not None:
+            values["loss_scale"] = self._scale.value
         values |= {key: logs[key] for key in _OTHER_KEYS if key in logs}
         values["tokens_per_second"] = (tokens - before) / (now - started)
         self.last = values
         self._log.log(state.global_step, values)
 
 
-def connect(trainer: Trainer, log: MetricsLog) -> TrainerLog:
+def connect(trainer: Trainer, log: MetricsLog, scale: LossScale | None) -> TrainerLog:
     """Send the trainer's numbers to ``log`` and nowhere else."""
     trainer.remove_callback(PrinterCallback)
-    callback = TrainerLog(log)
+    callback = TrainerLog(trainer, log, scale)
     trainer.add_callback(callback)
     return callback
 

@@ -1,5 +1,6 @@
 """The update of PPO: several epochs of clipped steps on one rollout."""
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -92,7 +93,12 @@ class Updater:
             for key in totals
         }
         metrics["ppo/ratio_first_max_error"] = max(error for _, error in everywhere)
-        metrics["grad_norm"] = sum(norms) / len(norms)
+        finite = [norm for norm in norms if math.isfinite(norm)]
+        if finite:
+            metrics["grad_norm"] = sum(finite) / len(finite)
+        if self._engine.loss_scale is not None:
+            metrics["loss_scale"] = self._engine.loss_scale.value
+            metrics["skipped_steps"] = float(len(norms) - len(finite))
         explained = explained_variance(rollout.values, estimates.returns, rollout.mask)
         if explained == explained:  # NaN where all returns are equal
             metrics["ppo/explained_variance"] = explained

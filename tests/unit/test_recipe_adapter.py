@@ -45,6 +45,7 @@ def refused(*overrides: str) -> list[str]:
             " updates vanish in bfloat16 (float32 weights computed in bfloat16 are built for"
             " ppo.layout=separate only); allowed with it: float32",
         ),
+        ([*HUB, "adapter.method=full", "base.dtype=float16"], "updates vanish in float16"),
         (
             [*HUB, "adapter.method=bitfit", "base.quantization=nf4"],
             "adapter.method=bitfit: trains layers of the base, which are frozen with base.quan",

@@ -1,5 +1,6 @@
 """The optimisers that ZeRO shares out, in two gloo processes, beside PyTorch's AdamW."""
 
+import math
 from copy import deepcopy
 
 import pytest
@@ -51,6 +52,7 @@ def process() -> None:
         steps_are_adamws(way)
         goes_on_bit_for_bit(way)
         stops_before_damage(way)
+        leaves_out_what_was_scaled_too_far(way)
     group.leave()
 
 
@@ -59,12 +61,15 @@ def parameters() -> list[list[nn.Parameter]]:
     return [[nn.Parameter(torch.randn(s, generator=generator)) for s in one] for one in SHAPES]
 
 
-def engine(groups: list[list[nn.Parameter]], way: Distributed) -> Engine:
+def engine(
+    groups: list[list[nn.Parameter]], way: Distributed, *, in_float16: bool = False
+) -> Engine:
     layers = None
     if way.zero == 3:  # which are of no layer: whole but for the step
         every = [p for one in groups for p in one]
         layers = ZeroLayers([], every, deepspeed_settings(way, SECTION))
-    return Engine(list(zip(groups, RATES, strict=True)), SECTION, 9, way, layers)
+    together = list(zip(groups, RATES, strict=True))
+    return Engine(together, SECTION, 9, way, layers, in_float16=in_float16)
 
 
 def gradients(step: int, row: int) -> list[torch.Tensor]:
@@ -134,3 +139,21 @@ def stops_before_damage(way: Distributed) -> None:
     with pytest.raises(TrainingError, match="the weights were left as they are"):
         made.step(made.parameters)
     assert all(torch.equal(p, b) for p, b in zip(made.parameters, before, strict=True))
+
+
+def leaves_out_what_was_scaled_too_far(way: Distributed) -> None:
+    """At the start, and again later: then as without any scale, bit for bit."""
+    groups, others = parameters(), parameters()
+    made, unscaled = engine(groups, way, in_float16=True), engine(others, way)
+    assert made.loss_scale is not None
+    for first in (0, 3):
+        before = [p.detach().clone() for p in made.parameters]
+        made.loss_scale.value = 2.0**127  # a gradient of 2 is beyond float32 then
+        assert not math.isfinite(train(made, groups, range(first, first + 1)))
+        assert all(torch.equal(p, b) for p, b in zip(made.parameters, before, strict=True))
+        made.loss_scale.value = 2.0**10
+        train(made, groups, range(first, first + 3))
+        train(unscaled, others, range(first, first + 3))
+        pairs = zip(made.parameters, unscaled.parameters, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert made.loss_scale.value == 2.0**10
