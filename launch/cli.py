@@ -37,7 +37,7 @@ app.add_typer(recipes, name="recipes", invoke_without_command=True)
 app.add_typer(launch, name="launch", no_args_is_help=True)
 
 Exported = Literal["sft", "reward", "ppo"]
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 _PLANNED = ("data", "compare", "label", "chat")
 

@@ -224,6 +224,19 @@ def test_a_reward_model_in_bfloat16_is_rounded_and_says_so(plain_run: Path, tmp_
     assert 1e-4 < facts["drift"]["score/mean"] < facts["max_drift"]["score/mean"] == 0.1
 
 
+def test_a_policy_in_float16_is_rounded_less_than_in_bfloat16(
+    plain_run: Path, tmp_path: Path
+) -> None:
+    drift = {}
+    for dtype in ("float16", "bfloat16"):
+        assert run_export(plain_run, "ppo", tmp_path / dtype, "--dtype", dtype) == 0
+        facts = json.loads((tmp_path / dtype / "export.json").read_text())
+        drift[dtype] = facts["drift"]["kl/mean"]
+        tensors = load_file(tmp_path / dtype / "model.safetensors")
+        assert {str(tensor.dtype) for tensor in tensors.values()} == {f"torch.{dtype}"}
+    assert 0 < drift["float16"] < drift["bfloat16"] / 4  # by three bits of the mantissa
+
+
 def test_export_json_says_what_it_was_made_from(plain_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "plain"
     out.mkdir()  # an empty folder may be there
