@@ -55,7 +55,7 @@ def run(job: StageJob) -> StageResult | None:
     new = partial(new_llama, section.model, tokenizer, derive_seed(job.recipe.seed, "pretrain"))
     model = new()
     trainer = _trainer(job, section, model, blocks)
-    metrics = train_to_end(trainer, job).last
+    metrics = train_to_end(trainer, job)
     if job.recipe.distributed.together:
         whole = alone_again(trainer, model, new)
         if whole is None:

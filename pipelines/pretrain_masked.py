@@ -48,7 +48,7 @@ def run(job: StageJob) -> StageResult:
     )
     seed = derive_seed(job.recipe.seed, "pretrain")
     model = new_bert(section.model, tokenizer, seed)
-    metrics = train_to_end(_trainer(job, section, model, blocks, tokenizer), job).last
+    metrics = train_to_end(_trainer(job, section, model, blocks, tokenizer), job)
 
     model.eval()
     unseen = encoder_blocks(heldout, section.sequence_length, tokenizer)

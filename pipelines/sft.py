@@ -85,7 +85,7 @@ def run(job: StageJob) -> StageResult | None:
             try_longest(recipe, section, trainer)
         share = trained_share(model, base_parameters)
         job.log.note(f"sft  {say_share(recipe.adapter.method, share)}")
-        callback = train_to_end(trainer, job, looks)
+        logged = train_to_end(trainer, job, looks)
     if recipe.distributed.together:
         whole = alone_again(trainer, model, partial(_new_model, recipe, location))
         if whole is None:
@@ -98,7 +98,7 @@ def run(job: StageJob) -> StageResult | None:
     save_trained(model, folder, base=location, revision=base.revision)
     tokenizer.save_pretrained(folder)
 
-    metrics = callback.last | share | looks.kept
+    metrics = logged | share | looks.kept
     if heldout:
         loss = _heldout_loss(model, section, heldout, tokenizer)
         metrics = metrics | {"loss": loss, "perplexity": perplexity(loss)}

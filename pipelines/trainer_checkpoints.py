@@ -37,14 +37,20 @@ from pipelines.shared_training import (
     whole_parameters,
 )
 from pipelines.stage import StageJob
-from pipelines.trainer_log import TrainerLog, connect
+from pipelines.trainer_log import connect
 
 # What a trainer adds up between two lines of its log. One of ours may have SUMS of its own.
 _SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
 
 
-def train_to_end(trainer: Trainer, job: StageJob, looks: HeldoutLooks | None = None) -> TrainerLog:
-    """Train, from the stage's checkpoint if it has one; log, look and secure on the way."""
+def train_to_end(
+    trainer: Trainer, job: StageJob, looks: HeldoutLooks | None = None
+) -> dict[str, float]:
+    """Train, from the stage's checkpoint if it has one; log, look and secure on the way.
+
+    Returns:
+        The last line of the log, and nothing that holds the trainer or its model.
+    """
     scale = scale_losses(trainer)
     log = connect(trainer, job.log, scale)
     if looks is not None:
@@ -55,7 +61,7 @@ def train_to_end(trainer: Trainer, job: StageJob, looks: HeldoutLooks | None = N
         trainer.train(resume_from_checkpoint=str(found.path) if found is not None else None)
     if looks is not None:
         looks.settle()
-    return log
+    return log.last
 
 
 class _Secured(TrainerCallback):
