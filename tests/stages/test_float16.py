@@ -173,8 +173,7 @@ def test_two_processes_leave_steps_out(
     """The same ones in both, or they would wait for each other."""
     called = f"far-{name}-" + "-".join(part.partition("=")[2] for part in way)
     longer = {"sft": "sft.epochs=6.0", "reward": "reward.epochs=6.0", "ppo": "ppo.epochs=4"}[name]
-    settings = [longer if longer.startswith(s.partition("=")[0] + "=") else s for s in IN_FLOAT16]
-    settings = list(dict.fromkeys([*settings, longer, *given[name], *way]))
+    settings = (*IN_FLOAT16, longer, *given[name], *way)
     found = together(root, called, TOO_FAR, name, *settings)
     scales = [row["loss_scale"] for row in metrics(found) if "loss_scale" in row]
     assert TOO_FAR > scales[0] >= scales[-1] > 1

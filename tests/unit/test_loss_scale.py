@@ -113,7 +113,7 @@ def test_a_step_that_was_scaled_too_far_is_left_out(monkeypatch):
     assert torch.equal(weight, other)
 
 
-def test_an_engine_goes_on_with_its_scale(monkeypatch):
+def test_an_engine_goes_on_with_its_scale():
     weight = nn.Parameter(torch.ones(1))
     engine = Engine([([weight], 1e-2)], SECTION, 4, in_float16=True)
     engine.backward((weight * torch.inf).sum())
