@@ -32,6 +32,7 @@ from transformers import (
 from align.adapters import is_adapter, load_adapter
 from align.errors import InputError
 from align.manifest import BaseFacts, sha256_file
+from align.places import stage_directory
 from align.quantization import (
     check_stored,
     prepare_quantized,
@@ -40,7 +41,6 @@ from align.quantization import (
 )
 from align.recipe import Base, Recipe
 from align.recipe_pretrain import SmallModel
-from align.stages import stage_directory
 from align.weights import check_files
 
 _FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "*.jinja")

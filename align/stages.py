@@ -22,6 +22,7 @@ from align.manifest import (
     find_manifest,
     read_manifest,
 )
+from align.places import stage_directory
 from align.recipe import Recipe, StageName
 from align.recipe_ppo import Ppo
 from align.recipe_types import Section
@@ -37,17 +38,6 @@ _WITHOUT_EFFECT = {
     "micro_batch_size",
 }
 _LIMITS = ("bad_rows", "max_dropped", "max_prompt_tokens", "max_response_tokens")
-
-
-def run_directory(recipe: Recipe) -> Path:
-    """Return the folder that holds all stages of this recipe."""
-    return Path(recipe.run.root) / recipe.name
-
-
-def stage_directory(recipe: Recipe, stage: StageName) -> Path:
-    """Return the stage's folder: in another run if ``run.parents`` says so."""
-    elsewhere = getattr(recipe.run.parents, stage, None)
-    return Path(elsewhere) if elsewhere else run_directory(recipe) / stage
 
 
 def planned_stages(recipe: Recipe) -> tuple[StageName, ...]:

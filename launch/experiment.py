@@ -17,6 +17,7 @@ from align.inputs import named_files, source_fingerprint, stage_data
 from align.lock import locked
 from align.manifest import FILE as MANIFEST
 from align.manifest import check_replaceable, read_manifest
+from align.places import run_directory, stage_directory
 from align.recipe import Recipe, StageName
 from align.recipe_io import find_recipe, load_recipe, shipped_recipes
 from align.stages import (
@@ -26,8 +27,6 @@ from align.stages import (
     planned_stages,
     read_parents,
     read_reward_models,
-    run_directory,
-    stage_directory,
     why_not_done,
 )
 from launch import processes

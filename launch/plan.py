@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import AlignError, InputError
+from align.places import stage_directory
 from align.plan import plan_recipe, pretrained_shape
 from align.plan_changes import Proposal, Values, cheapest, smallest
 from align.plan_items import Item, StagePlan
@@ -22,7 +23,6 @@ from align.plan_time import Speed, StageWork, calibrated_speed, card_speed, plan
 from align.published import CARDS, CONFIGS
 from align.recipe import Recipe
 from align.recipe_distributed import Distributed, Zero
-from align.stages import stage_directory
 from align.zero import WITHOUT_ZERO, deepspeed_settings
 from launch.command import Python
 from launch.experiment import Experiment

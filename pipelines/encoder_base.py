@@ -12,9 +12,9 @@ from align.adapters import is_adapter
 from align.errors import InputError
 from align.manifest import BaseFacts
 from align.models import base_facts, check_lengths, load_settings
+from align.places import stage_directory
 from align.recipe import Base, Recipe
 from align.recipe_reward import RewardBase
-from align.stages import stage_directory
 from data.tokenizer import prepare_encoder_tokenizer
 from reward.encoder import (
     EncoderReward,

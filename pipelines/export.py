@@ -23,9 +23,9 @@ from rich.console import Console
 import align
 from align.errors import AlignError, InputError, ParentError
 from align.manifest import Manifest, read_manifest, sha256_file, sha256_outputs
+from align.places import run_directory, stage_directory
 from align.recipe import StageName
 from align.recipe_io import load_recipe
-from align.stages import run_directory, stage_directory
 from pipelines.process import (
     exit_code,
     quiet_libraries,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from align import group, stages
+from align import group, places, stages
 from align import manifest as manifests
 from align.checkpoints import Checkpoint, continue_folder, remove_checkpoints
 from align.errors import DataError, InputError, ParentError, stopped_by
@@ -136,7 +136,7 @@ class StageJob:
             manifests.begin_folder(self.directory)
         else:
             continue_folder(self.directory, found)
-        run = stages.run_directory(self.recipe)
+        run = places.run_directory(self.recipe)
         for folder in (self.directory, run):
             (folder / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
         wandb_id = found.facts.wandb_id if found is not None else None
@@ -171,7 +171,7 @@ class StageJob:
         """Return the folder of a parent stage: the one that holds its ``stage.json``."""
         if stage not in self.parents:
             raise KeyError(f"{stage} is not a parent of {self.stage} in this recipe")
-        return stages.stage_directory(self.recipe, stage)
+        return places.stage_directory(self.recipe, stage)
 
     def check_origin(self, tokenizer: "PreTrainedTokenizerBase", base: BaseFacts) -> None:
         """Refuse to build on parents made with another base, tokenizer or chat template.
@@ -275,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _alone(recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
     """Hold the run directory; of a group, the first process does."""
     first = group.is_first()
-    return locked(stages.run_directory(recipe)) if first else contextlib.nullcontext()
+    return locked(places.run_directory(recipe)) if first else contextlib.nullcontext()
 
 
 def _prepare(options: argparse.Namespace, console: Console, signals: Signals) -> StageJob | None:
@@ -295,7 +295,7 @@ def _prepare(options: argparse.Namespace, console: Console, signals: Signals) ->
             f"distributed.processes={wanted}, but {group.size()} run here: start it by the align"
             " command"
         )
-    directory = stages.stage_directory(recipe, stage)
+    directory = places.stage_directory(recipe, stage)
     if not options.force and stages.why_not_done(recipe, stage) is None:
         remove_checkpoints(directory)  # of a process that was killed at its very end
         show(console, f"{stage}: finished and up to date in {directory}; --force redoes it")

@@ -12,7 +12,7 @@ STAGE = """
 import json, os, sys, time
 from pathlib import Path
 import align
-from align import inputs, stages
+from align import inputs, places, stages
 from align.manifest import BaseFacts, DataFacts, Manifest, ParentFacts
 from align.manifest import sha256_outputs, write_manifest
 from align.recipe_io import dump_recipe, load_recipe
@@ -33,7 +33,7 @@ if os.environ.get("HANG") == stage:
             time.sleep(float(os.environ.get("UPLOAD", 0)))
             print(f"{stage}: stopped by {stopped.signum}", file=sys.stderr)
             sys.exit(128 + stopped.signum)
-folder = stages.stage_directory(recipe, stage)
+folder = places.stage_directory(recipe, stage)
 (folder / "model").mkdir(parents=True, exist_ok=True)
 weights = stages.recipe_sha256(recipe, stage) + os.environ.get("OTHER", "")
 (folder / "model" / "w").write_text(weights)

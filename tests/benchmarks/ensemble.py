@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
+from align.places import stage_directory
 from align.recipe_io import load_recipe
-from align.stages import stage_directory
 from pipelines.process import quiet_libraries
 from tests.benchmarks import common, curves
 from tests.benchmarks.curves import Curve

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from align.models import base_location, load_causal_lm
+from align.places import stage_directory
 from align.recipe import Recipe, StageName
 from align.recipe_io import load_recipe
-from align.stages import stage_directory
 from data.judge import gold
 from data.load import load_records
 from data.records import Ranking, as_prompt

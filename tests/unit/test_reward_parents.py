@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from align import stages
+from align import places, stages
 from align.errors import ParentError
 from align.recipe import Recipe, StageName
 from pipelines.record import _parent_facts
@@ -43,7 +43,7 @@ def recipe(reward: object, **ppo: object) -> Recipe:
 
 def finish_all(whole: Recipe) -> None:
     for stage in STAGES:
-        directory = placeholder(stages.stage_directory(whole, stage), stage)
+        directory = placeholder(places.stage_directory(whole, stage), stage)
         parents = stages.read_parents(whole, stage)
         others = stages.read_reward_models(whole, stage)
         made_from = [(name, f"../{name}", made, True) for name, made in parents.items()]

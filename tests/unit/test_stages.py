@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import align
-from align import fingerprints, inputs, stages
+from align import fingerprints, inputs, places, stages
 from align.errors import DataError, ParentError, TrainingError
 from align.fingerprints import module_file
 from align.manifest import BaseFacts, Manifest, ParentFacts, sha256_outputs, write_manifest
@@ -61,7 +61,7 @@ def recipe(root: Path, **changes: object) -> Recipe:
 
 def finish(recipe: Recipe, stage: StageName, content: str = "weights") -> None:
     """Leave behind what a finished stage leaves."""
-    directory = stages.stage_directory(recipe, stage)
+    directory = places.stage_directory(recipe, stage)
     (directory / "model").mkdir(parents=True, exist_ok=True)
     (directory / "model" / "w").write_text(content)
     parents = stages.read_parents(recipe, stage)
@@ -125,7 +125,7 @@ def test_a_stage_of_another_run_is_a_parent_but_not_made(tmp_path: Path) -> None
     elsewhere = recipe(tmp_path, sft=None, run__parents__sft=str(tmp_path / "other" / "sft"))
     assert stages.planned_stages(elsewhere) == ("pretrain", "reward", "ppo", "evaluate")
     assert stages.parent_stages(elsewhere, "reward") == ("pretrain", "sft")
-    assert stages.stage_directory(elsewhere, "sft") == tmp_path / "other" / "sft"
+    assert places.stage_directory(elsewhere, "sft") == tmp_path / "other" / "sft"
 
 
 def test_nothing_is_done_at_first_and_everything_when_finished(tmp_path: Path, done: Path) -> None:
@@ -322,7 +322,7 @@ def test_the_revision_of_a_hub_data_set_counts(done: Path) -> None:
 
 
 def test_a_missing_output_makes_its_stage_stale(done: Path) -> None:
-    (stages.stage_directory(recipe(done), "reward") / "model" / "w").unlink()
+    (places.stage_directory(recipe(done), "reward") / "model" / "w").unlink()
     assert stages.why_not_done(recipe(done), "reward") == "its output model/w is missing"
 
 
