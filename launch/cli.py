@@ -15,6 +15,7 @@ import typer
 from align import __version__
 from align.errors import AlignError, InputError, printable, stopped_by
 from launch import experiment as experiments
+from launch import opened
 from launch.experiment import ChildError
 from launch.options import RECIPE, Debug, Overrides, RunName, read_settings
 from launch.packages import check_packages
@@ -99,7 +100,7 @@ def plan(
     from launch.plan import plan_experiment  # nothing else needs it
     from launch.plan_print import print_plan
 
-    experiment = experiments.open_recipe(recipe, overrides or (), read_settings(as_json, debug))
+    experiment = opened.open_recipe(recipe, overrides or (), read_settings(as_json, debug))
     result = plan_experiment(experiment, memory, gpus, card, calibrate=calibrate, on_cpu=cpu)
     if as_json:
         print_json(result)
@@ -112,7 +113,7 @@ def plan(
 def report(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
     """Write a run's report: one self-contained HTML page."""
     settings = read_settings(as_json, debug)
-    path = experiments.write_report(experiments.open_run(run, (), settings))
+    path = experiments.write_report(opened.open_run(run, (), settings))
     if as_json:
         print_json({"report": str(path)})
     else:
@@ -135,7 +136,7 @@ def export(
     mean KL in nats per token (default 0.01), or of a reward model the mean difference of scores
     (0.1). Weights are bfloat16, a reward model's float32, unless --dtype says otherwise.
     """
-    experiment = experiments.open_run(run, (), read_settings(as_json, debug))
+    experiment = opened.open_run(run, (), read_settings(as_json, debug))
     folder, facts = experiments.export(experiment, stage, out, dtype, max_drift)
     if as_json:
         print_json({"export": str(folder)} | facts)
@@ -146,7 +147,7 @@ def verify(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
     """Check a run against its hashes; exit 1 if one differs."""
     folder = Path(run)
     if not folder.is_dir():
-        folder = experiments.open_run(run, (), read_settings(as_json, debug)).directory
+        folder = opened.open_run(run, (), read_settings(as_json, debug)).directory
     checks, beside = verify_run(folder)
     wrong = any(check.problems for check in (*checks.values(), beside))
     if as_json:

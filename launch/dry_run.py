@@ -8,7 +8,8 @@ from align.recipe import StageName
 from align.stages import group_size, parent_stages
 from align.zero import WITHOUT_ZERO, deepspeed_settings
 from launch.command import Command
-from launch.experiment import Experiment, why_to_run
+from launch.experiment import why_to_run
+from launch.opened import Experiment
 from launch.tables import print_json
 
 

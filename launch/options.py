@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from launch.experiment import Settings
 from launch.nodes import PORT, SECONDS, Nodes
+from launch.opened import Settings
 
 RECIPE = typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")
 RUN = typer.Argument(metavar="RUN", help="A run directory, or the recipe that made it.")

@@ -25,7 +25,7 @@ from align.recipe import Recipe
 from align.recipe_distributed import Distributed, Zero
 from align.zero import WITHOUT_ZERO, deepspeed_settings
 from launch.command import Python
-from launch.experiment import Experiment
+from launch.opened import Experiment
 from launch.packages import ROOT
 
 _UNITS = {"": 1, "B": 1} | {

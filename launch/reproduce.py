@@ -17,7 +17,8 @@ from align.manifest import METRICS, SAMPLES, Manifest, find_manifest, read_manif
 from align.recipe import Recipe, StageName
 from align.recipe_io import dump_recipe, load_recipe
 from launch import experiment as experiments
-from launch.experiment import Experiment, Settings
+from launch import opened
+from launch.opened import Experiment, Settings
 
 _ALTERED = "altered since it was made"
 _UNCOMPARED = {"name", "started", "finished", "wandb_id", "outputs"}
@@ -59,8 +60,8 @@ def open_repetition(
         RecipeError: the run's recipe cannot be read, or the second directory's name cannot be a
             run's.
     """
-    run = experiments.open_run(name, (), settings).directory
-    original = experiments.open_run(str(run), (), settings)
+    run = opened.open_run(name, (), settings).directory
+    original = opened.open_run(str(run), (), settings)
     run = original.directory
     stages = tuple(s for s in experiments.planned(original) if find_manifest(run / s) is not None)
     if not stages:
@@ -68,15 +69,15 @@ def open_repetition(
     second = into or run.parent / f"{run.name}-again"
     if run.resolve() in (second.resolve(), *second.resolve().parents):
         raise InputError(f"{second}: is the run itself, or in it; give --into another directory")
-    recipe = load_recipe(original.file, experiments.settings_of(second))
+    recipe = load_recipe(original.file, opened.settings_of(second))
     if second.exists() and not _can_hold(second, recipe):
         raise InputError(
             f"{second}: exists, and is no repetition of {run} that could be gone on with; give"
             " --into a directory that is new or empty"
         )
     second.mkdir(parents=True, exist_ok=True)
-    (second / experiments.RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
-    return run, experiments.open_run(str(second), (), settings), stages
+    (second / opened.RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+    return run, opened.open_run(str(second), (), settings), stages
 
 
 def _can_hold(directory: Path, recipe: Recipe) -> bool:
@@ -86,7 +87,7 @@ def _can_hold(directory: Path, recipe: Recipe) -> bool:
     if not any(directory.iterdir()):
         return True
     try:
-        found = load_recipe(directory / experiments.RECIPE, experiments.settings_of(directory))
+        found = load_recipe(directory / opened.RECIPE, opened.settings_of(directory))
     except RecipeError:
         return False
     return found == recipe

@@ -8,9 +8,10 @@ from typer.models import ArgumentInfo
 
 from align.recipe import StageName
 from launch import experiment as experiments
+from launch import opened
 from launch.dry_run import show as show_plan
-from launch.experiment import Experiment, Settings
 from launch.nodes import find_nodes, processes_on_each
+from launch.opened import Experiment, Settings
 from launch.options import (
     RECIPE,
     RUN,
@@ -72,7 +73,7 @@ def _evaluate(experiment: Experiment) -> None:
     settings = experiment.settings
     if experiment.recipe.evaluate is None:
         again = [*experiment.overrides, "evaluate={}"]
-        experiment = experiments.open_recipe(str(experiment.file), again, settings)
+        experiment = opened.open_recipe(str(experiment.file), again, settings)
     if settings.dry_run:
         show_plan(experiment, experiments.one(experiment, "evaluate"))
         return
@@ -91,7 +92,7 @@ def add_commands(app: typer.Typer) -> None:
     for stage, text in _STAGES.items():
         _add_stage(app, stage, text)
     text = "Measure every finished model of a run on held-out data."
-    _add_command(app, "eval", text, _evaluate, RUN, experiments.open_run)
+    _add_command(app, "eval", text, _evaluate, RUN, opened.open_run)
 
 
 def _add_command(
@@ -100,7 +101,7 @@ def _add_command(
     text: str,
     work: Callable[[Experiment], None],
     subject: ArgumentInfo = RECIPE,
-    open_subject: Callable[[str, Sequence[str], Settings], Experiment] = experiments.open_recipe,
+    open_subject: Callable[[str, Sequence[str], Settings], Experiment] = opened.open_recipe,
 ) -> None:
     """Make a command of a function."""
 
@@ -140,7 +141,7 @@ def _add_stage(app: typer.Typer, stage: StageName, text: str) -> None:
         found, slots = find_nodes(*wanted, all_of_them=dry_run)
         group = _group(nproc or slots, found.count if found is not None else 1)
         settings = read_settings(as_json, debug, force=force, dry_run=dry_run, nodes=found)
-        experiment = experiments.open_recipe(recipe, [*(overrides or ()), *group], settings)
+        experiment = opened.open_recipe(recipe, [*(overrides or ()), *group], settings)
         if found is not None:
             processes_on_each(experiment.recipe.distributed.processes, found.count)
         _run_stage(stage, experiment)

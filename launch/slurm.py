@@ -11,6 +11,7 @@ from align.errors import InputError
 from align.recipe import Recipe
 from align.stages import group_size, planned_stages
 from launch import experiment as experiments
+from launch import opened
 from launch.command import Python
 from launch.nodes import processes_on_each
 from launch.options import RECIPE, Debug, Overrides, read_settings
@@ -66,9 +67,9 @@ def slurm(
     given = list(overrides or ())
     if nproc is not None:
         given.append(f"distributed.processes={nodes * nproc}")
-    experiment = experiments.open_recipe(recipe, given, read_settings(False, debug))
+    experiment = opened.open_recipe(recipe, given, read_settings(False, debug))
     experiments.planned(experiment)
-    text = script(experiment.recipe, experiment.file, overrides or (), nodes, experiments.python())
+    text = script(experiment.recipe, experiment.file, overrides or (), nodes, opened.python())
     if output is None:
         print(text, end="")
         return

@@ -103,8 +103,8 @@ evaluate: {}
 ALIGN = """
 import sys
 from pathlib import Path
-from launch import cli, experiment
-experiment.ROOT = Path("house").absolute()
+from launch import cli, opened
+opened.ROOT = Path("house").absolute()
 sys.argv[0] = "align"
 cli.main()
 """

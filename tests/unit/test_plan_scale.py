@@ -9,7 +9,7 @@ from align.plan_time import card_speed, plan_work, step_work
 from align.published import CARDS
 from align.recipe_distributed import Offload, Zero
 from align.recipe_io import load_recipe
-from launch.experiment import Settings, open_recipe
+from launch.opened import Settings, open_recipe
 from launch.plan import base_shape, plan_experiment
 from launch.plan_print import print_plan
 

@@ -14,7 +14,7 @@ from align.published import CARDS, CONFIGS
 from align.recipe import StageName
 from align.recipe_io import load_recipe
 from launch import plan as plans
-from launch.experiment import Settings, open_recipe
+from launch.opened import Settings, open_recipe
 from launch.plan_print import print_plan
 from pipelines import calibrate, reward_report
 from reward.analysis import PROBES
