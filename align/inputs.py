@@ -10,6 +10,7 @@ from pathlib import Path
 from align.errors import DataError
 from align.fingerprints import folder_sha256, module_file
 from align.manifest import sha256_file
+from align.places import member_runs
 from align.recipe import WORLD_VERSION, Recipe, Source, StageData, StageName, World
 from align.recipe_ppo import Ppo, RewardSource
 from align.recipe_reward import RewardBase
@@ -26,12 +27,15 @@ SECTIONS: dict[StageName, tuple[str, ...]] = {
 }
 
 
+HELDOUT = "ppo.heldout_reward"
+
+
 def own_base(recipe: Recipe, stage: StageName) -> RewardBase | None:
     """Return the base that is a stage's alone: the encoder that a reward model starts from."""
     return recipe.reward.base if stage == "reward" and recipe.reward is not None else None
 
 
-def heldout_source(section: Ppo) -> RewardSource | None:
+def _heldout_source(section: Ppo) -> RewardSource | None:
     """Return ``ppo.heldout_reward`` as a source: what looks like a function is one."""
     name = section.heldout_reward
     if name is None:
@@ -40,18 +44,30 @@ def heldout_source(section: Ppo) -> RewardSource | None:
     return RewardSource(function=name) if is_function else RewardSource(model=name)
 
 
-def reward_sources(section: Ppo | None, stage: StageName) -> dict[str, RewardSource]:
+def reward_sources(recipe: Recipe, stage: StageName) -> dict[str, RewardSource]:
     """Return what a stage scores responses with, by its key in the recipe.
 
-    PPO also looks at the held-out reward; the evaluation scores with what PPO maximises.
+    PPO also looks at the held-out reward; the evaluation scores with what PPO maximises. Of the
+    recipe's own ensemble the members are named.
     """
+    section = recipe.ppo
     if section is None or stage not in ("ppo", "evaluate"):
         return {}
-    sources = {f"ppo.reward.{i}": source for i, source in enumerate(section.reward_sources)}
-    heldout = heldout_source(section)
+    sources = {
+        f"ppo.reward.{i}": _with_members(recipe, source)
+        for i, source in enumerate(section.reward_sources)
+    }
+    heldout = _heldout_source(section)
     if stage == "ppo" and heldout is not None:
-        sources["ppo.heldout_reward"] = heldout
+        sources[HELDOUT] = heldout
     return sources
+
+
+def _with_members(recipe: Recipe, source: RewardSource) -> RewardSource:
+    if source.ensemble != "reward":
+        return source
+    others = (str(run / "reward") for run in member_runs(recipe))
+    return source.model_copy(update={"ensemble": ("reward", *others)})
 
 
 def stage_data(recipe: Recipe, stage: StageName) -> dict[str, StageData]:
@@ -129,7 +145,7 @@ def named_files(recipe: Recipe, stage: StageName) -> dict[str, Path]:
         if base.startswith((".", "/", "~")) and not Path(base).is_dir():
             raise DataError(f"{key}={base}: no such folder; a hub id has no . or / in front")
     names = {"tokenizer.chat_template": recipe.tokenizer.chat_template}
-    sources = reward_sources(recipe.ppo, stage)
+    sources = reward_sources(recipe, stage)
     functions = {key: source.function for key, source in sources.items()}
     if stage in ("ppo", "evaluate") and recipe.evaluate is not None:
         functions["evaluate.gold"] = recipe.evaluate.gold

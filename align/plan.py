@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from align.errors import InputError
+from align.inputs import reward_sources
 from align.plan_items import Item, Phase, StagePlan, with_heap_holes
 from align.plan_memory import FLOAT, Compute, chunk_tokens, chunk_width, logprob_chunk_bytes
 from align.plan_model import Shape, small_bert, small_llama
@@ -266,7 +267,7 @@ def _roles(setup: Setup, section: Ppo) -> tuple[list[Item], list[int], list[int]
     shape = setup.shape
     critic = _critic_maps(setup, section)
     head = setup.head("value", sum(critic))
-    items = [setup.adapter("reference"), *_reward_roles(setup, section), head]
+    items = [setup.adapter("reference"), *_reward_roles(setup, "ppo"), head]
     sizes: dict[str, list[int]] = {"policy": [], "value": []}
     whole = {"policy": shape.parameters, "value": shape.parameters - shape.head}
     for role in sizes if section.value.trunk == "own" else ("policy",):
@@ -290,11 +291,12 @@ def _critic_maps(setup: Setup, section: Ppo) -> list[int]:
     return setup.maps()
 
 
-def _reward_roles(setup: Setup, section: Ppo | None) -> list[Item]:
-    """Return the reward models: those that PPO maximises, else the reward stage's."""
+def _reward_roles(setup: Setup, stage: StageName) -> list[Item]:
+    """Return the reward models that a stage scores with; without PPO, the reward stage's."""
     recipe, names = setup.recipe, {"reward"}
-    if section is not None:
-        names = {name for source in section.reward_sources for name in source.models}
+    if recipe.ppo is not None:
+        sources = reward_sources(recipe, stage).values()
+        names = {name for source in sources for name in source.models}
     elif recipe.reward is None and not recipe.run.parents.reward:
         names = set()
     if recipe.reward is not None and recipe.reward.base is not None:
@@ -351,7 +353,7 @@ def _evaluate(setup: Setup) -> StagePlan:
         kept.append(Item("policy", count * FLOAT, f"{count:,} x {FLOAT} B", "weights"))
     elif ppo is not None:
         kept.append(setup.adapter("policy"))
-    kept += _reward_roles(setup, ppo)
+    kept += _reward_roles(setup, "evaluate")
 
     rows = min(section.batch_size, section.prompts)
     prompt, response = recipe.data.max_prompt_tokens, section.max_new_tokens

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from align.inputs import world_rows
+from align.inputs import reward_sources, world_rows
 from align.plan import pretrain_setup, reward_setup
 from align.plan_memory import cache_bytes
 from align.plan_model import Shape, linear_bytes
@@ -182,7 +182,7 @@ def _reward(setup: Setup) -> StageWork:
     rankings, per_rows = _texts(recipe, recipe.data.reward.train)
     each = responses_per_ranking(recipe)
     rows = each * (section.micro_batch_size or section.batch_size)
-    trained = ceil(rankings * section.epochs)
+    trained = section.members * ceil(rankings * section.epochs)
     parts = [_reward_training(setup, trained)]
     if section.aux_lm_coef:
         tokens = trained * recipe.data.max_response_tokens
@@ -191,7 +191,8 @@ def _reward(setup: Setup) -> StageWork:
         parts.append(Work("auxiliary language modelling", tokens, tokens * flops, 0, how))
     heldout = _known(recipe, recipe.data.reward.heldout)
     if heldout:
-        scored, probed = heldout * each, _PROBES * min(heldout, _PROBED_ROWS)
+        scored = section.members * heldout * each
+        probed = section.members * _PROBES * min(heldout, _PROBED_ROWS)
         parts.append(_passes("held-out scores", setup, scored, setup.longest, rows, head=False))
         if section.classes is None:
             parts.append(_passes("probes", setup, probed, setup.longest, rows, head=False))
@@ -226,7 +227,7 @@ def _ppo_parts(setup: Setup, texts: int, responses: int) -> list[Work]:
     assert section is not None
     prompt, response = recipe.data.max_prompt_tokens, section.max_new_tokens
     longest, own_critic = prompt + response, section.value.trunk == "own"
-    models = sum(len(source.models) for source in section.reward_sources)
+    models = sum(len(source.models) for source in reward_sources(recipe, "ppo").values())
     rows = rows_per_pass(section, longest)
 
     # Layers below all adapters run once for all roles, and for all epochs.

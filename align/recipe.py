@@ -185,6 +185,7 @@ _OF_TENSORBOARD: dict[str, tuple[str | None, ...]] = {
     "mode": ("auto", "disabled"),
     "project": ("align",),
     "entity": (None,),
+    "group": (None,),
 }
 
 
@@ -195,6 +196,7 @@ class Tracking(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     project: str = "align"
     entity: str | None = None
+    group: str | None = None  # of runs in W&B; null: the run's name
 
     @model_validator(mode="after")
     def _tensorboard_is_local(self) -> "Tracking":
@@ -333,16 +335,7 @@ class Recipe(Section):
             problems.append((key, f"{needed}; allowed with it: shared"))
         if ppo.ptx and getattr(self.data, ppo.ptx.source) is None:
             problems.append(("ppo.ptx.source", f"needs a section data.{ppo.ptx.source}"))
-        if self.reward:
-            sources = [("ppo.reward", source) for source in ppo.reward_sources]
-            if ppo.heldout_reward == "reward":
-                sources.append(("ppo.heldout_reward", RewardSource(model="reward")))
-            own = [(key, source) for key, source in sources if "reward" in source.models]
-            found = [(key, source.label_problem(self.reward.labels, None)) for key, source in own]
-            problems += [(key, problem) for key, problem in found if problem]
-        if ppo.heldout_reward == "reward" and not (self.reward or self.run.parents.reward):
-            needed = "needs a reward section or run.parents.reward"
-            problems.append(("ppo.heldout_reward", needed))
+        problems += self._scoring_problems(ppo)
         if self.data.prompts and not self.data.prompts.heldout:
             needed = "is decided by held-out prompts: needs data.prompts.heldout"
             if ppo.keep == "best":
@@ -356,4 +349,23 @@ class Recipe(Section):
             budget = f"with data.max_prompt_tokens={self.data.max_prompt_tokens} exceeds the base's"
             allowed = f"positions; allowed: both together at most {positions}"
             problems.append(("ppo.max_new_tokens", f"{budget} {positions} {allowed}"))
+        return problems
+
+    def _scoring_problems(self, ppo: Ppo) -> list[tuple[str, str]]:
+        """Return what is wrong with the reward models that PPO names."""
+        problems = []
+        if self.reward:
+            sources = [("ppo.reward", source) for source in ppo.reward_sources]
+            if ppo.heldout_reward == "reward":
+                sources.append(("ppo.heldout_reward", RewardSource(model="reward")))
+            own = [(key, source) for key, source in sources if "reward" in source.models]
+            found = [(key, source.label_problem(self.reward.labels, None)) for key, source in own]
+            problems += [(key, problem) for key, problem in found if problem]
+        members = self.reward.members if self.reward else 1
+        if members == 1 and any(source.ensemble == "reward" for source in ppo.reward_sources):
+            needed = "ensemble: reward needs reward.members of 2 or more; allowed without: model"
+            problems.append(("ppo.reward", needed))
+        if ppo.heldout_reward == "reward" and not (self.reward or self.run.parents.reward):
+            needed = "needs a reward section or run.parents.reward"
+            problems.append(("ppo.heldout_reward", needed))
         return problems

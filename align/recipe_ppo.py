@@ -31,12 +31,22 @@ RewardModelPath = Annotated[
 ]
 
 
+# Told apart by their form, so that a mistake inside a list is reported as that, and once.
+Members = Annotated[
+    Annotated[Literal["reward"], Tag("name")] | Annotated[Strings, Tag("list")],
+    Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "name"),
+]
+
+
 class RewardSource(Section):
-    """One part of the reward: exactly one of ``model``, ``ensemble`` and ``function``."""
+    """One part of the reward: exactly one of ``model``, ``ensemble`` and ``function``.
+
+    ``ensemble: reward`` are all members that this recipe's reward stage makes (``reward.members``).
+    """
 
     model: RewardModelPath | None = None
     label: str | None = None  # of a classifier: the class whose probability is the score
-    ensemble: Strings | None = None  # several reward models
+    ensemble: Members | None = None  # several reward models
     # The mean of their scores, less penalties on what they dispute; or the lowest of them.
     combine: Literal["mean", "minimum"] = "mean"
     std_penalty: NotNegativeFloat = 0.0
@@ -47,7 +57,7 @@ class RewardSource(Section):
     @model_validator(mode="after")
     def _check(self) -> "RewardSource":
         check_exactly_one(self, ("model", "ensemble", "function"))
-        if self.ensemble is not None and len(self.ensemble) < 2:
+        if isinstance(self.ensemble, tuple) and len(self.ensemble) < 2:
             refuse("ensemble", "names one model; allowed: two or more, or `model` for one")
         if self.label is not None and self.model is None:
             refuse("label", "is a class of one model; allowed: with model")
@@ -82,10 +92,9 @@ class RewardSource(Section):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The reward models this part scores with."""
-        if self.model is not None:
-            return (self.model,)
-        return self.ensemble or ()
+        """The reward models this part scores with; see ``align.inputs`` for an own ensemble's."""
+        name = self.model or self.ensemble
+        return (name,) if isinstance(name, str) else name or ()
 
 
 RewardSources = Annotated[tuple[RewardSource, ...], Field(strict=False, min_length=1)]

@@ -125,6 +125,7 @@ class Reward(Watched):
 
     base: RewardBase | None = None  # null: the SFT model
     head: Head = Head()
+    members: Positive = 1  # reward models that differ by their seed alone: an ensemble
     epochs: PositiveFloat = 1.0
     # pairs: Bradley-Terry on all pairs of a prompt. listwise: Plackett-Luce on its whole order.
     # classes: cross-entropy on rows with a label each; the model is a classifier.
@@ -185,6 +186,7 @@ class Reward(Watched):
             "aux_lm_coef": 0.0,
             "center_on": "none",
             "scale_on": "none",
+            "members": 1,
         }
         why = "is a matter of ranked responses, and loss=classes has none; allowed:"
         problems = [

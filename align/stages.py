@@ -3,6 +3,7 @@
 No torch here: the launcher asks these questions before it starts anything.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 import align
@@ -30,11 +31,12 @@ from align.recipe_types import Section
 STAGES: tuple[StageName, ...] = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
 # Keys in them that do not: of memory and of the log. Models that differ by them differ by rounding,
-# and by the random masks of adapter.dropout.
+# and by the random masks of adapter.dropout. And how many others there are of an ensemble.
 _WITHOUT_EFFECT = {
     "gradient_checkpointing",
     "log_every",
     "max_tokens_per_microbatch",
+    "members",
     "micro_batch_size",
 }
 _LIMITS = ("bad_rows", "max_dropped", "max_prompt_tokens", "max_response_tokens")
@@ -67,13 +69,20 @@ def parent_stages(recipe: Recipe, stage: StageName) -> tuple[StageName, ...]:
         wanted += ("pretrain",)
     if stage == "ppo" or (stage == "reward" and own_base(recipe, stage) is None):
         wanted += ("sft",)
-    if any("reward" in source.models for source in reward_sources(recipe.ppo, stage).values()):
+    if any("reward" in source.models for source in reward_sources(recipe, stage).values()):
         wanted += ("reward",)
     return wanted
 
 
-def read_reward_models(recipe: Recipe, stage: StageName) -> dict[str, Manifest]:
+def read_reward_models(
+    recipe: Recipe, stage: StageName, *, but: Collection[str] = ()
+) -> dict[str, Manifest]:
     """Read the manifests of the reward models that the recipe names by their stage's folder.
+
+    Those of the members of its own ensemble are among them, the first member's is not.
+
+    Args:
+        but: folders that are left out.
 
     Returns:
         The manifest by the folder, as the recipe spells it.
@@ -82,9 +91,9 @@ def read_reward_models(recipe: Recipe, stage: StageName) -> dict[str, Manifest]:
         ParentError: one is no finished reward stage; the message names its key and folder.
     """
     manifests: dict[str, Manifest] = {}
-    for key, source in reward_sources(recipe.ppo, stage).items():
+    for key, source in reward_sources(recipe, stage).items():
         for name in source.models:
-            if name != "reward" and name not in manifests:
+            if name != "reward" and name not in (*manifests, *but):
                 manifests[name] = _read_reward_model(key, Path(name))
     return manifests
 
@@ -141,7 +150,7 @@ def _decisive(section: Section | None) -> dict[str, object] | None:
 
 def _scored_with(recipe: Recipe) -> list[dict[str, object]]:
     """Return what an evaluation scores with. Models of other runs are numbered: they may move."""
-    sources = reward_sources(recipe.ppo, "evaluate").values()
+    sources = reward_sources(recipe, "evaluate").values()
     others = dict.fromkeys(name for s in sources for name in s.models if name != "reward")
     numbers: dict[str, object] = {name: number for number, name in enumerate(others)}
     return [
@@ -203,7 +212,7 @@ def read_parents(recipe: Recipe, stage: StageName) -> dict[StageName, Manifest]:
     models = read_reward_models(recipe, stage)
     if "reward" in parents:
         models["reward"] = parents["reward"]
-    for key, source in reward_sources(recipe.ppo, stage).items():
+    for key, source in reward_sources(recipe, stage).items():
         for name in source.models:
             facts = models[name].classifier
             labels, reads = (facts.labels, facts.reads) if facts else ((), None)

@@ -93,7 +93,7 @@ def start_wandb(
         run = wandb.init(
             project=recipe.tracking.project,
             entity=recipe.tracking.entity,
-            group=recipe.name,
+            group=recipe.tracking.group or recipe.name,
             name=f"{recipe.name}/{stage}",
             job_type=stage,
             dir=str(directory),

@@ -14,6 +14,7 @@ import typer
 
 from align import __version__
 from align.errors import AlignError, InputError, printable, stopped_by
+from align.places import MEMBERS
 from launch import experiment as experiments
 from launch import opened
 from launch.experiment import ChildError
@@ -148,16 +149,26 @@ def verify(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
     folder = Path(run)
     if not folder.is_dir():
         folder = opened.open_run(run, (), read_settings(as_json, debug)).directory
-    checks, beside = verify_run(folder)
-    wrong = any(check.problems for check in (*checks.values(), beside))
+    members = sorted(path for path in (folder / MEMBERS).glob("*") if path.is_dir())
+    found = {path: verify_run(path) for path in (folder, *members)}
+    wrong = any(c.problems for checks, beside in found.values() for c in (*checks.values(), beside))
     if as_json:
-        stages = {stage: vars(check) for stage, check in checks.items()}
-        facts = {"run": str(folder), "ok": not wrong, "stages": stages, "beside": vars(beside)}
+        whole, *others = (
+            {"stages": {stage: vars(check) for stage, check in checks.items()}}
+            | {"beside": vars(beside)}
+            for checks, beside in found.values()
+        )
+        facts = {"run": str(folder), "ok": not wrong} | whole
+        if members:
+            facts["members"] = dict(zip([path.name for path in members], others, strict=True))
         print_json(facts)
     else:
-        for stage, check in checks.items():
-            print_check(stage, check, f"{stage}/")
-        print_check("beside the stages", beside, "")
+        for path, (checks, beside) in found.items():
+            place = "" if path == folder else f"{path.relative_to(folder)}/"
+            for stage, check in checks.items():
+                if not place or check.state != "not made":
+                    print_check(f"{place}{stage}", check, f"{place}{stage}/")
+            print_check(f"{place}beside the stages", beside, place)
     raise typer.Exit(1 if wrong else 0)
 
 

@@ -1,7 +1,7 @@
 """``--dry-run``: which stages would run, why, and the exact command and environment of each."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from align.recipe import StageName
@@ -20,20 +20,32 @@ def show(experiment: Experiment, stages: Sequence[StageName]) -> None:
         print_json({"run": str(experiment.directory), "stages": found})
         return
     for stage, facts in found.items():
-        why = f" ({facts['why']})" if facts["why"] else ""
-        print(f"{stage}: {facts['state']}{why}")
-        if "nodes" not in facts:
-            print(f"  {facts['command']}")
-        for rank, node in enumerate(facts.get("nodes", ())):
-            print(f"  node {rank}: {node['command']}")
-        if "deepspeed" in facts:
-            print(f"  DeepSpeed: {json.dumps(facts['deepspeed'])}")
+        _print(stage, facts)
+        for name, member in facts.get("members", {}).items():
+            _print(f"{name}: {stage}", member)
 
 
-def plan(experiment: Experiment, stages: Sequence[StageName]) -> dict[StageName, dict[str, Any]]:
-    """Say for each stage whether it would run, why, and as which process; nothing is started."""
+def _print(stage: str, facts: dict[str, Any]) -> None:
+    why = f" ({facts['why']})" if facts["why"] else ""
+    print(f"{stage}: {facts['state']}{why}")
+    if "nodes" not in facts:
+        print(f"  {facts['command']}")
+    for rank, node in enumerate(facts.get("nodes", ())):
+        print(f"  node {rank}: {node['command']}")
+    if "deepspeed" in facts:
+        print(f"  DeepSpeed: {json.dumps(facts['deepspeed'])}")
+
+
+def plan(
+    experiment: Experiment, stages: Sequence[StageName], before: Collection[StageName] = ()
+) -> dict[StageName, dict[str, Any]]:
+    """Say for each stage whether it would run, why, and as which process; nothing is started.
+
+    Args:
+        before: stages that would run already.
+    """
     result: dict[StageName, dict[str, Any]] = {}
-    would_run: set[StageName] = set()
+    would_run = set(before)
     nodes = experiment.settings.nodes
     for stage in stages:
         first = [name for name in parent_stages(experiment.recipe, stage) if name in would_run]
@@ -53,6 +65,11 @@ def plan(experiment: Experiment, stages: Sequence[StageName]) -> dict[StageName,
         if experiment.recipe.distributed.zero and stage not in WITHOUT_ZERO:
             section = getattr(experiment.recipe, stage)
             result[stage]["deepspeed"] = deepspeed_settings(experiment.recipe.distributed, section)
+        members = experiment.members if stage == "reward" else ()
+        if members:
+            found = {m.recipe.name: plan(m, (stage,), would_run - {stage})[stage] for m in members}
+            result[stage]["members"] = found
+            would_run |= {stage for member in found.values() if member["why"] is not None}
     return result
 
 

@@ -17,7 +17,7 @@ from align.inputs import named_files, source_fingerprint, stage_data
 from align.lock import locked
 from align.manifest import FILE as MANIFEST
 from align.manifest import check_replaceable, read_manifest
-from align.places import stage_directory
+from align.places import member_runs, stage_directory
 from align.recipe import Recipe, StageName
 from align.stages import (
     STAGES,
@@ -127,7 +127,7 @@ def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
                     _add_sums(experiment.directory, stage)
                 settings.say(f"{stage}: up to date")
             else:
-                if not experiment.ran:
+                if not held:
                     _check_inputs(experiment, stages[number:])
                     held = until_the_end.enter_context(locked(experiment.directory))
                 dropped = drop_sums(experiment.directory, [stage, RECIPE])
@@ -152,6 +152,18 @@ def run_stages(experiment: Experiment, stages: Sequence[StageName]) -> None:
                 "seconds": round(seconds, 3),
                 "metrics": manifest.metrics,
             }
+            if stage == "reward":
+                _run_members(experiment)
+
+
+def _run_members(experiment: Experiment) -> None:
+    """Make the other members of an ensemble, which hold their own run directories."""
+    found = []
+    for member in experiment.members:
+        run_stages(member, ("reward",))
+        found.append(member.results["reward"])
+    if found:
+        experiment.results["reward"]["members"] = found
 
 
 def help_with(experiment: Experiment, stage: StageName) -> None:
@@ -164,11 +176,13 @@ def help_with(experiment: Experiment, stage: StageName) -> None:
     why = why_to_run(experiment, stage)
     if why is None:
         settings.say(f"{stage}: up to date")
-        return
-    assert settings.nodes is not None
-    settings.say(f"{stage}: running as node {settings.nodes.rank} ({why})")
-    _start(experiment.command(stage, settings.nodes), sys.stderr if settings.json else None)
-    settings.say(f"{stage}: this node's part is done; node 0 writes the result")
+    else:
+        assert settings.nodes is not None
+        settings.say(f"{stage}: running as node {settings.nodes.rank} ({why})")
+        _start(experiment.command(stage, settings.nodes), sys.stderr if settings.json else None)
+        settings.say(f"{stage}: this node's part is done; node 0 writes the result")
+    for member in experiment.members if stage == "reward" else ():
+        help_with(member, stage)
 
 
 def _add_sums(run: Path, stage: StageName) -> None:
@@ -268,7 +282,9 @@ def _check_inputs(experiment: Experiment, stages: Sequence[StageName]) -> None:
         for parent in parent_stages(recipe, stage):
             if getattr(recipe.run.parents, parent, None):
                 read_manifest(stage_directory(recipe, parent), parent)
-        read_reward_models(recipe, stage)
+        # The members of an ensemble that is about to be made are not there yet.
+        made = member_runs(recipe) if "reward" in stages else ()
+        read_reward_models(recipe, stage, but=[str(run / "reward") for run in made])
     if len(stages) > 1:  # a single one judges its own rows
         command = check_data_command(
             python(), stages, experiment.file, experiment.overrides, debug=settings.debug

@@ -4,7 +4,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from align.recipe import Recipe, StageName
 from align.recipe_io import find_recipe, load_recipe, shipped_recipes
 from align.stages import group_size
 from launch.command import Command, Python, stage_command
+from launch.members import member_settings
 from launch.nodes import Nodes, processes_on_each
 from launch.packages import ROOT
 
@@ -50,7 +52,20 @@ class Experiment:
     @property
     def ran(self) -> bool:
         """Whether a stage has run; False while all were up to date."""
-        return any(result["status"] == "done" for result in self.results.values())
+        results = [*self.results.values(), *self.results.get("reward", {}).get("members", ())]
+        return any(result["status"] == "done" for result in results)
+
+    @property
+    def members(self) -> tuple["Experiment", ...]:
+        """What makes the members of the ensemble of reward models, but the first."""
+        return tuple(self._member(settings) for settings in member_settings(self.recipe))
+
+    def _member(self, settings: dict[str, str]) -> "Experiment":
+        others = [word for word in self.overrides if word.partition("=")[0] not in settings]
+        overrides = [*others, *(f"{key}={value}" for key, value in settings.items())]
+        recipe = load_recipe(self.file, overrides)
+        say = partial(_say_of, recipe.name, self.settings.say)
+        return Experiment(self.file, overrides, recipe, replace(self.settings, say=say))
 
     def command(self, stage: StageName, nodes: Nodes | None = None) -> Command:
         """Return the process that makes the stage, or its part of it on one of several nodes.
@@ -72,6 +87,10 @@ class Experiment:
             debug=self.settings.debug,
             spare_memory=self.recipe.base.gradient_checkpointing,
         )
+
+
+def _say_of(name: str, say: Callable[[str], None], text: str) -> None:
+    say(f"{name}: {text}")
 
 
 def open_recipe(name: str, overrides: Sequence[str], settings: Settings) -> Experiment:

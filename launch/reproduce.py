@@ -14,6 +14,7 @@ from typing import Any
 
 from align.errors import InputError, RecipeError
 from align.manifest import METRICS, SAMPLES, Manifest, find_manifest, read_manifest, sha256_file
+from align.places import MEMBERS
 from align.recipe import Recipe, StageName
 from align.recipe_io import dump_recipe, load_recipe
 from launch import experiment as experiments
@@ -95,13 +96,21 @@ def _can_hold(directory: Path, recipe: Recipe) -> bool:
 
 def compare_runs(
     run: Path, again: Path, stages: tuple[StageName, ...]
-) -> dict[StageName, StageComparison]:
-    """Compare the stages of two runs, file by file and fact by fact.
+) -> dict[str, StageComparison]:
+    """Compare the stages of two runs, file by file and fact by fact, and those of their members.
+
+    Returns:
+        What was found, by the stage's folder in its run.
 
     Raises:
         ParentError: a stage of either is not finished.
     """
-    return {stage: _compare(run / stage, again / stage, stage) for stage in stages}
+    places: dict[str, StageName] = {stage: stage for stage in stages}
+    if "reward" in stages:
+        members = sorted((again / MEMBERS).glob("*/reward"))
+        names = [path.relative_to(again).as_posix() for path in members]
+        places |= dict.fromkeys((n for n in names if find_manifest(run / n)), "reward")
+    return {place: _compare(run / place, again / place, s) for place, s in places.items()}
 
 
 def _compare(first: Path, second: Path, stage: StageName) -> StageComparison:
@@ -158,7 +167,7 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def print_comparison(found: dict[StageName, StageComparison]) -> None:
+def print_comparison(found: dict[str, StageComparison]) -> None:
     """Print a line per file, and one for every fact that differs."""
     for stage, comparison in found.items():
         for name, state in comparison.outputs.items():

@@ -11,6 +11,7 @@ from pathlib import Path
 from align.errors import AlignError, DataError, InputError, ParentError, printable
 from align.inputs import named_sha256, source_fingerprint, stage_data
 from align.manifest import FILE, Manifest, read_manifest, sha256_file
+from align.places import MEMBERS
 from align.recipe import StageName
 from align.recipe_io import load_recipe
 from align.stages import STAGES
@@ -36,6 +37,8 @@ class StageCheck:
 def verify_run(run: Path) -> tuple[dict[StageName, StageCheck], StageCheck]:
     """Check every stage of a run, and the files beside the stages.
 
+    The members of its ensemble are runs of their own; see ``align.places.member_runs``.
+
     Raises:
         InputError: this is no run directory.
     """
@@ -55,7 +58,7 @@ def verify_run(run: Path) -> tuple[dict[StageName, StageCheck], StageCheck]:
     unnamed = [
         f"{path.relative_to(run)}: no hash covers it"
         for top in sorted(run.iterdir())
-        if top.name not in (*STAGES, SUMS)
+        if top.name not in (*STAGES, MEMBERS, SUMS)
         for path in plain_files(top)
         if path.relative_to(run).as_posix() not in beside
     ]

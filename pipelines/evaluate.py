@@ -122,7 +122,7 @@ def _adapters(job: StageJob) -> dict[Role, Path]:
     if _has_reward_model(job) and not reads_text(job):
         adapters["reward"] = job.parent_folder("reward") / "model"
     if job.recipe.ppo is not None:
-        adapters |= reward_roles(job, job.recipe.ppo)
+        adapters |= reward_roles(job)
     return adapters
 
 

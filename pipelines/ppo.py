@@ -159,7 +159,7 @@ def _load(job: StageJob, section: Ppo) -> LoadedRoles:
     classifier's head gives no score.
     """
     sft = job.parent_folder("sft") / "model"
-    rewards = reward_roles(job, section)
+    rewards = reward_roles(job)
     folders: dict[Role, Path] = {"policy": sft, "reference": sft} | rewards
     on_policy = section.value.trunk == "policy"
     if not on_policy:

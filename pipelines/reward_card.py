@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from align.recipe_reward import STRENGTHS
 from pipelines.charts import BASE, PPO, SFT, Bar, Reliability
 from pipelines.results import number, percent, reward_metrics, written_interval
-from pipelines.run_facts import Run
+from pipelines.run_facts import Run, member_metrics
 from reward.analysis import PROBES, warnings
 
 # Metric group, its title, and its parts in their order, where they have one.
@@ -64,7 +64,11 @@ def reward_card(run: Run) -> RewardCard | None:
     metrics = reward_metrics(run)
     if "accuracy" not in metrics:
         return None
-    sentences = (*_accuracy_sentences(metrics), *_calibration_sentences(metrics))
+    sentences = (
+        *_accuracy_sentences(metrics),
+        *_member_sentence(run),
+        *_calibration_sentences(metrics),
+    )
     if MAJORITY in metrics:
         sentences = (*_class_sentences(metrics), *_words_sentence(metrics))
     return RewardCard(
@@ -109,6 +113,14 @@ def _accuracy_sentences(metrics: Mapping[str, float]) -> list[str]:
             " a model that followed gold perfectly would agree with the labels that often."
         )
     return sentences
+
+
+def _member_sentence(run: Run) -> list[str]:
+    found = [percent(metrics["accuracy"]) for metrics in member_metrics(run)]
+    if not found:
+        return []
+    others = ", ".join(found)
+    return [f"It is one of {len(found) + 1} that differ by their seed; the others: {others}."]
 
 
 def _words_sentence(metrics: Mapping[str, float]) -> list[str]:

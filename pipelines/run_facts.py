@@ -11,6 +11,7 @@ from typing import Any
 
 from align.errors import InputError
 from align.manifest import FILE, MARKS, Manifest, read_manifest
+from align.places import MEMBERS
 from align.recipe import StageName
 from align.stages import STAGES
 
@@ -75,6 +76,18 @@ def read_run(directory: Path) -> Run:
                 folders[parent.stage] = folder
                 waiting.append(parent.stage)
     return {stage: run[stage] for stage in STAGES if stage in run}
+
+
+def member_metrics(run: Run) -> list[dict[str, float]]:
+    """Return the final metrics of the other members of the reward model's ensemble, if it has any.
+
+    Raises:
+        ParentError: a manifest cannot be read.
+    """
+    if "reward" not in run:
+        return []
+    folders = sorted((run["reward"].directory.parent / MEMBERS).glob("*/reward"))
+    return [read_manifest(f, "reward").metrics for f in folders if (f / FILE).is_file()]
 
 
 def _begun(folder: Path) -> bool:

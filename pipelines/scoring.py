@@ -11,7 +11,7 @@ from torch import Tensor
 
 from align.errors import TrainingError
 from align.functions import Chat, call_score_function, load_function
-from align.inputs import heldout_source, reward_sources
+from align.inputs import HELDOUT, reward_sources
 from align.manifest import ClassifierFacts, Manifest
 from align.recipe_ppo import Ppo, RewardSource
 from align.sequences import Sequences, join, micro_batches
@@ -66,13 +66,13 @@ class RewardScorer:
         return {} if is_single else source_metrics(seen)
 
 
-def reward_roles(job: StageJob, section: Ppo) -> dict[str, Path]:
+def reward_roles(job: StageJob) -> dict[str, Path]:
     """Return the reward models that are adapters on this run's base: role -> model folder.
 
     ``reward`` is this recipe's own; those of other runs on the same base, with the same tokenizer
     and template, are ``reward1``, ``reward2``, ...
     """
-    roles = _roles(job, section)
+    roles = _roles(job)
     folders = {"reward": job.parent_folder("reward")} if "reward" in roles else {}
     return {role: folders.get(name, Path(name)) / "model" for name, role in roles.items()}
 
@@ -90,17 +90,18 @@ def ppo_scorer(job: StageJob, section: Ppo, loaded: LoadedRoles) -> RewardScorer
         InputError: a reward model with a base of its own cannot be loaded, or cannot be shown the
             prompts; see ``load_foreign_rewards``.
     """
-    sources = section.reward_sources
-    names = _names(sources, job.reward_models)
-    heldout = heldout_source(section) if job.stage == "ppo" else None
-    every = (*sources, heldout) if heldout is not None else sources
-    members = _members(job, section, loaded, every)
+    sources = reward_sources(job.recipe, job.stage)
+    members = dict(
+        zip(sources, _members(job, section, loaded, list(sources.values())), strict=True)
+    )
+    sources.pop(HELDOUT, None)
+    names = _names(list(sources.values()), job.reward_models)
     return RewardScorer(
         {
-            name: Source(scorers, _combination(source), source.weight)
-            for name, scorers, source in zip(names, members, sources, strict=False)
+            name: Source(members[key], _combination(source), source.weight)
+            for name, (key, source) in zip(names, sources.items(), strict=True)
         },
-        heldout=members[-1][0] if heldout is not None else None,
+        heldout=members[HELDOUT][0] if HELDOUT in members else None,
     )
 
 
@@ -132,13 +133,13 @@ def reads_text(job: StageJob) -> bool:
     return job.parents["reward"].base.architecture == "encoder"
 
 
-def _roles(job: StageJob, section: Ppo) -> dict[str, str]:
+def _roles(job: StageJob) -> dict[str, str]:
     """Return the roles of the reward models that share the base, by their name in the recipe."""
     manifests = job.reward_models
     ours = _origin(job.parents["sft"])
     shared = [name for name, manifest in manifests.items() if _origin(manifest) == ours]
     roles = {name: f"reward{number}" for number, name in enumerate(shared, 1)}
-    sources = reward_sources(section, job.stage).values()
+    sources = reward_sources(job.recipe, job.stage).values()
     if any("reward" in source.models for source in sources) and not reads_text(job):
         roles["reward"] = "reward"
     return roles
@@ -153,7 +154,7 @@ def _members(
     job: StageJob, section: Ppo, loaded: LoadedRoles, sources: Sequence[RewardSource]
 ) -> list[tuple[Scorer, ...]]:
     """Return the scorers of each source: one, or those of an ensemble's models."""
-    roles = _roles(job, section)
+    roles = _roles(job)
     names = dict.fromkeys(name for source in sources for name in source.models)
     models = {
         name: _role_scorer(

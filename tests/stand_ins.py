@@ -21,7 +21,7 @@ from pipelines.process import Stopped, signals_as_exceptions
 stage, file, *rest = sys.argv[1:]
 recipe = load_recipe(file, [word for word in rest if "=" in word])
 print("noise on standard output")
-if os.environ.get("FAIL") == stage:
+if os.environ.get("FAIL") in (stage, recipe.name):
     print(f"{stage}: no more rows", file=sys.stderr)
     sys.exit(2)
 if os.environ.get("HANG") == stage:
@@ -54,8 +54,10 @@ write_manifest(folder, Manifest(
     code_version=align.__version__, versions={},
     base=BaseFacts(id="b", revision=None, sha256="b"),
     tokenizer_sha256="t", template_sha256="t", pad_id=0, eos_ids=(1,),
-    parents=tuple(ParentFacts(stage=name, path=f"../{name}", sha256=p.outputs_sha256())
-                  for name, p in parents.items()),
+    parents=tuple(
+        ParentFacts(stage=name, sha256=p.outputs_sha256(),
+                    path=os.path.relpath(places.stage_directory(recipe, name), folder))
+        for name, p in parents.items()),
     data=tuple(DataFacts(rows=1, kept=1, dropped={}, **print) for print in prints),
     files=inputs.named_sha256(recipe, stage), metrics=metrics,
     outputs=sha256_outputs(folder, ("model",)),

@@ -39,6 +39,7 @@ LAUNCHER_MAY_USE = {
     "align.recipe_adapter",
     "align.recipe_distributed",
     "align.recipe_io",
+    "align.seeds",
     "align.stages",
     "align.zero",
 }

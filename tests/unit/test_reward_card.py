@@ -86,3 +86,16 @@ def test_a_temperature_that_does_not_help_is_not_advised(tmp_path: Path) -> None
     text = " ".join(card.sentences).replace("\u00a0", " ")
     assert "Dividing its scores by a temperature does not help: 12.0 %" in text
     assert "too sure" not in text
+
+
+def test_the_card_names_the_other_members_of_an_ensemble(tmp_path: Path) -> None:
+    write_stage(tmp_path / "reward", "reward", [], METRICS)
+    for number, accuracy in ((2, 0.68), (3, 0.725)):
+        folder = tmp_path / "members" / f"member-{number}" / "reward"
+        write_stage(folder, "reward", [], METRICS | {"accuracy": accuracy})
+    card = reward_card(read_run(tmp_path))
+    assert card is not None
+    found = [text for text in card.sentences if "seed" in text]
+    assert [text.replace("\xa0", " ") for text in found] == [
+        "It is one of 3 that differ by their seed; the others: 68.0 %, 72.5 %."
+    ]
