@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    BertForPreTraining,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -207,14 +208,24 @@ def new_llama(
     return model
 
 
-def new_bert(section: SmallModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+def new_bert(
+    section: SmallModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    next_sentence: bool = False,
+) -> PreTrainedModel:
     """Return a BERT with random weights in float32; the same seed gives the same weights.
 
     It has one kind of segment: separators alone tell prompt and response apart.
+
+    Args:
+        next_sentence: with two kinds of segments, a pooler, and a head that says of two texts
+            whether one follows the other.
     """
-    config = BertConfig(**_sizes(section, tokenizer), type_vocab_size=1)
+    config = BertConfig(**_sizes(section, tokenizer), type_vocab_size=1 + next_sentence)
     without_dropout(config)
-    return _drawn(BertForMaskedLM, config, seed)
+    return _drawn(BertForPreTraining if next_sentence else BertForMaskedLM, config, seed)
 
 
 def _sizes(section: SmallModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class SmallModel(Section):
 
 
 MASKED = 0.15  # of the tokens, that a masked model has to guess (Devlin et al. 2019)
+# Tokens of [CLS] A [SEP] B [SEP]: of one fewer, a document of three would leave a row of one.
+SHORTEST_PAIR = 6
 
 
 class Pretrain(Optimisation):
@@ -48,6 +50,8 @@ class Pretrain(Optimisation):
 
     # causal: a decoder, the base of all stages. masked: an encoder, for reward.base (Devlin 2019).
     objective: Literal["causal", "masked"] = "causal"
+    # With masked: also say whether the second half of a row follows the first (Devlin et al. 2019).
+    next_sentence: bool = False
     model: SmallModel
     steps: Positive
     sequence_length: Positive
@@ -56,6 +60,11 @@ class Pretrain(Optimisation):
     def _check(self) -> "Pretrain":
         if self.objective == "masked" and self.model.num_kv_heads is not None:
             refuse("model.num_kv_heads", "an encoder has none of its own; allowed: null")
+        if self.next_sentence and self.objective != "masked":
+            refuse("next_sentence", f"objective={self.objective} reads no pairs; allowed: false")
+        if self.next_sentence and self.sequence_length < SHORTEST_PAIR:
+            needed = "has no room for [CLS] A [SEP] B [SEP]; allowed with next_sentence=true"
+            refuse("sequence_length", f"{needed}: at least {SHORTEST_PAIR}")
         if self.sequence_length > self.model.max_positions:
             refuse(
                 "sequence_length",

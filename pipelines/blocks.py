@@ -4,7 +4,7 @@ Both objectives of pretraining share this.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from itertools import chain
 
 import torch
@@ -42,15 +42,16 @@ def pack(rows: Sequence[list[int]], length: int) -> Tensor:
     return stream[: whole * length].view(whole, length)
 
 
-def enough_blocks(blocks: Tensor, section: Pretrain) -> None:
-    """Refuse a text of which there is not even one batch.
+def enough_blocks(blocks: Sized, section: Pretrain) -> None:
+    """Refuse a text of which there is not even one batch of blocks, or of rows for pairs.
 
     Raises:
         InputError: says how much there is, and what can be made smaller.
     """
     if len(blocks) < section.batch_size:
+        kind = "rows of at most" if section.next_sentence else "blocks of"
         raise InputError(
-            f"data.pretrain: gives {len(blocks)} blocks of sequence_length="
+            f"data.pretrain: gives {len(blocks)} {kind} sequence_length="
             f"{section.sequence_length} tokens, fewer than batch_size={section.batch_size};"
             " give more text, or make one of the two smaller"
         )
@@ -74,7 +75,7 @@ def given_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def block_arguments(job: StageJob, section: Pretrain) -> TrainingArguments:
-    """Return a trainer's settings for training on blocks."""
+    """Return a trainer's settings for training on blocks, or on pairs, which are padded."""
     arguments: TrainingArguments = training_arguments(
         TrainingArguments,
         section,
@@ -84,6 +85,6 @@ def block_arguments(job: StageJob, section: Pretrain) -> TrainingArguments:
         distributed=job.recipe.distributed,
         dataloader_drop_last=True,  # every step has full batches
         remove_unused_columns=False,
-        include_num_input_tokens_seen="all",
+        include_num_input_tokens_seen="non_padding" if section.next_sentence else "all",
     )
     return arguments

@@ -11,7 +11,13 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenize
 from align.recipe import TokenizerSection
 from data.tokenizer import prepare_tokenizer, train_encoder_tokenizer
 from pipelines import stage
-from pipelines.pretrain_masked import encoder_blocks, heldout_loss, mask_tokens, masked_losses
+from pipelines.pretrain_masked import (
+    Blocks,
+    encoder_blocks,
+    heldout_metrics,
+    mask_tokens,
+    masked_losses,
+)
 from tests import tiny
 from tests.adapters import sft_adapter
 from tests.finished import finish, origin, pretrain_stage
@@ -85,7 +91,7 @@ def test_of_every_block_as_many_tokens_are_hidden_and_never_a_special_one() -> N
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(4, 300, (500, 40), generator=generator)
     ids[:, 0], ids[:, 20] = tokenizer.cls_token_id, tokenizer.sep_token_id
-    shown, chosen = mask_tokens(ids, tokenizer, generator)
+    shown, chosen = mask_tokens({"input_ids": ids}, tokenizer, generator)
     assert chosen.sum(1).tolist() == [6] * 500  # 15 % of 40
     assert not chosen[:, [0, 20]].any()
     assert torch.equal(shown[~chosen], ids[~chosen])
@@ -94,7 +100,7 @@ def test_of_every_block_as_many_tokens_are_hidden_and_never_a_special_one() -> N
     # Of 3000 draws a share is known to 0.015 (two standard deviations).
     assert hidden == pytest.approx(0.8, abs=0.02)
     assert kept == pytest.approx(0.1, abs=0.02)
-    again, _ = mask_tokens(ids, tokenizer, generator)
+    again, _ = mask_tokens({"input_ids": ids}, tokenizer, generator)
     assert not torch.equal(again, shown)
 
 
@@ -102,14 +108,18 @@ def test_the_loss_is_that_of_transformers() -> None:
     tokenizer = encoder_tokenizer()
     model = tiny.bert(300)
     ids = torch.randint(4, 300, (3, 30), generator=torch.Generator().manual_seed(1))
-    shown, chosen = mask_tokens(ids, tokenizer, torch.Generator().manual_seed(2))
+    inputs = {"input_ids": ids}
+    shown, chosen = mask_tokens(inputs, tokenizer, torch.Generator().manual_seed(2))
     with torch.no_grad():
-        ours = masked_losses(model, ids, tokenizer, torch.Generator().manual_seed(2))
+        ours = masked_losses(model, inputs, tokenizer, torch.Generator().manual_seed(2))
         theirs = model(input_ids=shown, labels=ids.masked_fill(~chosen, -100)).loss
         logits = model(input_ids=shown).logits
-    assert ours.mean().item() == pytest.approx(theirs.item(), abs=1e-5)
+    assert ours.pairs is None
+    assert ours.hidden.mean().item() == pytest.approx(theirs.item(), abs=1e-5)
     by_hand = F.cross_entropy(logits[chosen], ids[chosen]).item()
-    assert heldout_loss(model, ids, tokenizer, 8, seed=2) == pytest.approx(by_hand, abs=1e-5)
+    found = heldout_metrics(model, Blocks(ids), tokenizer, 8, seed=2)
+    assert found["loss"] == pytest.approx(by_hand, abs=1e-5)
+    assert set(found) == {"loss", "perplexity"}
 
 
 def test_blocks_begin_with_the_token_that_classifies() -> None:

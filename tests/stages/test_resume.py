@@ -197,8 +197,19 @@ def test_a_full_disk_ends_the_stage_and_leaves_the_last_good_state(
         ("reward", CLASSES),
         ("ppo", ("reward.head.depth=2",)),
         ("pretrain", MASKED),
+        ("pretrain", (*MASKED, "pretrain.next_sentence=true")),
     ],
-    ids=["best", "separate", "packing-8bit", "nf4", "full", "classes", "deep-head", "masked"],
+    ids=[
+        "best",
+        "separate",
+        "packing-8bit",
+        "nf4",
+        "full",
+        "classes",
+        "deep-head",
+        "masked",
+        "next-sentence",
+    ],
 )
 @pytest.mark.slow
 def test_other_settings_go_on_bit_for_bit(

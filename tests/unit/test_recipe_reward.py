@@ -14,6 +14,7 @@ from pipelines.reward_loss import check_columns, margin_of
 
 PAIR = ((Message("user", "hi"),), ("a", "b"), (1.0, 0.0))
 
+MASKED = ["pretrain.objective=masked", "pretrain.model.num_kv_heads=null"]
 CLASSES = ["reward.classes={labels: [a, b]}", "reward.loss=classes", "reward.center_on=none"]
 
 
@@ -98,12 +99,21 @@ CLASSES = ["reward.classes={labels: [a, b]}", "reward.loss=classes", "reward.cen
             "reward.base.id=pretrain: needs a pretrain section or run.parents.pretrain",
         ),
         (
-            ["pretrain.objective=masked", "pretrain.model.num_kv_heads=null"],
+            MASKED,
             "base.id=pretrain: pretrain.objective=masked makes an encoder, which cannot write",
         ),
         (
             ["pretrain.objective=masked"],
             "pretrain.model.num_kv_heads=4: an encoder has none of its own; allowed: null",
+        ),
+        (
+            ["pretrain.next_sentence=true"],
+            "pretrain.next_sentence=true: objective=causal reads no pairs; allowed: false",
+        ),
+        (
+            [*MASKED, "pretrain.next_sentence=true", "pretrain.sequence_length=5"],
+            "pretrain.sequence_length=5: has no room for [CLS] A [SEP] B [SEP]; allowed with"
+            " next_sentence=true: at least 6",
         ),
         (
             ["reward.base={id: bert}", "distributed.processes=2", "run.keep_checkpoints=0"],
