@@ -67,20 +67,26 @@ def plan_recipe(
     return tuple(with_heap_holes(plan) for plan in plans) if holes else plans
 
 
-def pretrained_shape(recipe: Recipe) -> Shape:
+def pretrained_shape(recipe: Recipe, *, pooler: bool = True) -> Shape:
     """Return the shape of the base that a recipe's pretrain stage makes.
+
+    Args:
+        pooler: with that of an encoder which has learned to tell next sentences.
 
     Raises:
         InputError: the size of its vocabulary is not known.
     """
-    assert recipe.pretrain is not None
-    vocab, model = recipe.tokenizer.vocab_size, recipe.pretrain.model
+    section = recipe.pretrain
+    assert section is not None
+    vocab, model, pairs = recipe.tokenizer.vocab_size, section.model, section.next_sentence
     if vocab is None:
         raise InputError(
             f"tokenizer.id={recipe.tokenizer.id}: its size is not known before it is loaded;"
             " for the plan, give tokenizer.vocab_size as well"
         )
-    return (small_bert if recipe.pretrain.objective == "masked" else small_llama)(model, vocab)
+    if section.objective == "masked":
+        return small_bert(model, vocab, segments=1 + pairs, pooler=pairs and pooler)
+    return small_llama(model, vocab)
 
 
 def pretrain_setup(setup: Setup) -> Setup:
@@ -109,15 +115,18 @@ def reward_setup(setup: Setup) -> Setup:
         raise InputError("reward.base.adapter: align plan only knows lora without dora, and full")
     plain = recipe.base.model_copy(update={"dtype": "float32", "quantization": "none"})
     alone = recipe.model_copy(update={"base": plain, "adapter": adapter})
-    return replace(pretrain_setup(setup), recipe=alone)
+    # The mean of the states passes the pooler by.
+    shape = pretrained_shape(setup.recipe, pooler=base.pooling == "cls")
+    return replace(setup, shape=shape, recipe=alone)
 
 
 def _pretrain(setup: Setup) -> StagePlan:
-    """All weights in float32, on blocks of one length without padding."""
+    """All weights in float32, on blocks of one length without padding, or on padded pairs."""
     setup = pretrain_setup(setup)
     section, shape = setup.recipe.pretrain, setup.shape
     assert section is not None
-    tokens = rows_and_passes(section, setup.recipe.distributed)[0] * section.sequence_length
+    rows, _ = rows_and_passes(section, setup.recipe.distributed)
+    tokens = rows * section.sequence_length
     guessed = round(MASKED * tokens) if section.objective == "masked" else tokens
     full, count = Compute(FLOAT, None), shape.parameters
     gradients, states = training_items([count], section)
@@ -126,12 +135,14 @@ def _pretrain(setup: Setup) -> StagePlan:
         Item("model", count * FLOAT, f"{count:,} x {FLOAT} B", "weights"),
         states,
     )
-    training = (
+    training = [
         gradients,
         setup.activations(full, tokens, shape.layers, whole=True),
         logits_item("logits, log-softmax, slope", guessed, shape.vocab, 3 * FLOAT),
-    )
-    return StagePlan("pretrain", kept, (Phase("training", training),))
+    ]
+    if section.next_sentence:
+        training.append(setup.masks(rows, section.sequence_length, whole=True))
+    return StagePlan("pretrain", kept, (Phase("training", tuple(training)),))
 
 
 def _sft(setup: Setup) -> StagePlan:

@@ -137,10 +137,18 @@ def small_llama(section: SmallModel, vocab: int) -> Shape:
     return _llama(config, "llama")
 
 
-def small_bert(section: SmallModel, vocab: int) -> Shape:
-    """Return the shape of the encoder that the pretrain stage makes; its pooler comes later."""
+def small_bert(
+    section: SmallModel, vocab: int, *, segments: int = 1, pooler: bool = False
+) -> Shape:
+    """Return the shape of the encoder that the pretrain stage makes, without what lies above it.
+
+    Args:
+        pooler: it has one from the start; else that comes later.
+    """
     hidden, inner = section.hidden_size, section.intermediate_size
-    other = (vocab + section.max_positions + 1 + 2) * hidden  # one segment; a norm
+    other = (vocab + section.max_positions + segments + 2) * hidden  # and a norm
+    if pooler:
+        other += hidden * hidden + hidden
     return Shape(
         family="gpt",
         vocab=vocab,

@@ -163,14 +163,19 @@ class Setup:
             how += f"; {'without' if on else 'with'} checkpointing {other / 2**30:.2f} GiB"
         return Item("activations", tokens * (layers * each + once), how)
 
-    def masks(self, rows: int, tokens: int) -> Item:
+    def masks(self, rows: int, tokens: int, *, whole: bool = False) -> Item:
         """Return the attention mask of padded rows, and the copy that each block makes of it.
 
         Attention takes a mask of true and false, and keeps it in the numbers that it computes in.
+
+        Args:
+            whole: in float32 and without checkpointing, whatever the recipe says.
         """
-        copies = 1 if self.checkpointing else self.adapted
-        how = f"{rows} rows x {tokens}^2 x (1 + {copies} blocks x {self.width}) B"
-        return Item("attention masks", rows * tokens**2 * (1 + copies * self.width), how)
+        copies, width = 1 if self.checkpointing else self.adapted, self.width
+        if whole:
+            copies, width = self.shape.layers, FLOAT
+        how = f"{rows} rows x {tokens}^2 x (1 + {copies} blocks x {width}) B"
+        return Item("attention masks", rows * tokens**2 * (1 + copies * width), how)
 
     def repeated_keys(self, rows: int) -> Item:
         """Return keys and values of prompt and response for rows that share their prompt.

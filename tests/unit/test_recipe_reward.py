@@ -151,6 +151,28 @@ def test_plan_counts_the_encoder_that_the_recipe_makes_and_says_that_it_knows_no
     assert pretrain.peak > reward.sum("weights")
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_plan_counts_the_pooler_and_the_second_segment(pooling: str) -> None:
+    plain = load_recipe("hh-rlhf/encoder", [f"reward.base.pooling={pooling}"])
+    made = load_recipe(
+        "hh-rlhf/encoder", ["pretrain.next_sentence=true", f"reward.base.pooling={pooling}"]
+    )
+    assert made.pretrain is not None
+    bert = new_bert(made.pretrain.model, _Tokens(), seed=0, next_sentence=True)  # type: ignore[arg-type]
+    assert pretrained_shape(made).parameters == bert.base_model.num_parameters()
+    pretrain, reward = plan_recipe(made, None)
+    (model,) = (item for item in pretrain.kept if item.name == "model")
+    assert model.bytes == 4 * bert.base_model.num_parameters()
+    (model,) = (item for item in reward.kept if item.name == "model: reward")
+    if pooling == "mean":
+        bert.base_model.pooler = None
+    assert model.bytes == 4 * bert.base_model.num_parameters()
+    # Rows are padded: a mask of a byte, and each of four layers' own of four.
+    extra = pretrain.peak - plan_recipe(plain, None)[0].peak
+    weights = 4 * (192 * 192 + 192 + 192)
+    assert extra == 4 * weights + 16 * 256**2 * (1 + 4 * 4)
+
+
 def test_plan_counts_a_head_for_every_class_and_a_row_for_every_text() -> None:
     labels = "reward.classes={labels: [a, b, c]}"
     recipe = load_recipe("miniature", [*CLASSES[1:], labels, "ppo=null"])
