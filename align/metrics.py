@@ -21,6 +21,7 @@ _SHOWN = (
     "loss",
     "perplexity",
     "accuracy",
+    "next_sentence/accuracy",
     "score/mean",
     "gold/mean",
     "kl/mean",

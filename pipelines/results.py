@@ -271,6 +271,7 @@ def _change_figures(metrics: dict[str, float], key: str, label: str, judge: str)
 
 _STAGE_RESULTS = (
     ("perplexity", "perplexity", number),
+    ("next_sentence/accuracy", "next-sentence accuracy", percent),
     ("eos_rate", "answers that end", percent),
     ("accuracy", "accuracy", percent),
     ("score/mean", "score", number),
