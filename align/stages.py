@@ -23,7 +23,7 @@ from align.manifest import (
     find_manifest,
     read_manifest,
 )
-from align.places import stage_directory
+from align.places import member_runs, stage_directory
 from align.recipe import Recipe, StageName
 from align.recipe_ppo import Ppo
 from align.recipe_types import Section
@@ -91,17 +91,21 @@ def read_reward_models(
         ParentError: one is no finished reward stage; the message names its key and folder.
     """
     manifests: dict[str, Manifest] = {}
+    members = {str(run / "reward") for run in member_runs(recipe)}
     for key, source in reward_sources(recipe, stage).items():
         for name in source.models:
             if name != "reward" and name not in (*manifests, *but):
-                manifests[name] = _read_reward_model(key, Path(name))
+                is_member = name in members
+                manifests[name] = _read_reward_model(key, Path(name), is_member=is_member)
     return manifests
 
 
-def _read_reward_model(key: str, folder: Path) -> Manifest:
+def _read_reward_model(key: str, folder: Path, *, is_member: bool) -> Manifest:
     try:
         manifest = read_manifest(folder, "reward")
     except ParentError as error:
+        if is_member:
+            raise ParentError(f"{key}: {error}; `align reward` makes all members") from None
         near = (folder / "reward", folder.parent, folder.parent / "reward")
         found = [path for path in near if _is_reward_stage(path)]
         allowed = "`reward`, this recipe's own, or a folder that holds a reward stage's stage.json"

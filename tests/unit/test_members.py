@@ -86,6 +86,7 @@ def test_one_stage_alone_makes_all_members_and_ppo_alone_needs_them(place: Path)
     assert (place / "runs/x/members/member-2/reward/stage.json").is_file()
     _, errors = align(place, "ppo", "r.yaml", code=2)
     assert "ppo.reward.0: runs/x/members/member-3/reward: no finished reward stage" in errors
+    assert errors.endswith("; `align reward` makes all members\n")
     output, _ = align(place, "reward", "r.yaml")
     assert [line for line in output.splitlines() if "running" in line] == [
         "member-3: reward: running (no finished result yet)"
