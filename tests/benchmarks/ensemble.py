@@ -2,9 +2,9 @@
 
     export OMP_NUM_THREADS=1
     python -m tests.benchmarks.ensemble --json ensemble.json
-    python -m tests.benchmarks.ensemble --parents runs/miniature --comparisons 250 --std-penalty 2
+    python -m tests.benchmarks.ensemble --parents runs/miniature reward.scale_on=demonstrations
 
-    one        a single member: of seed s the member number s (modulo their number)
+    one        a single member: each of them in a run of its own, whose figures are averaged
     penalised  the members' mean less --std-penalty times their standard deviation
     mean       the members' mean
 
@@ -65,14 +65,15 @@ def make_members(
     return folders
 
 
-def reward_of(arm: str, members: Sequence[Path], seed: int, std_penalty: float) -> str:
-    """Return an arm's ``ppo.reward``."""
+def rewards_of(arm: str, members: Sequence[Path], std_penalty: float) -> dict[str, str]:
+    """Return the ``ppo.reward`` of each of an arm's runs, by what their names begin with."""
     source: dict[str, Any] = {"ensemble": [str(folder) for folder in members]}
-    if arm == "one":
-        source = {"model": str(members[seed % len(members)])}
-    elif arm == "penalised":
+    if arm == "penalised":
         source["std_penalty"] = std_penalty
-    return f"ppo.reward={json.dumps([source])}"
+    sources = {arm: source}
+    if arm == "one":
+        sources = {f"{arm}-{number}": {"model": str(m)} for number, m in enumerate(members)}
+    return {name: f"ppo.reward={json.dumps([found])}" for name, found in sources.items()}
 
 
 def run_ppo(
@@ -156,13 +157,16 @@ def main() -> None:
     members = {seed: make_members(bench, parents, options, seed) for seed in bench.seeds}
     found, groups = [], {}
     for arm in options.arms:
-        stages = []
+        groups[arm] = []
         for seed in bench.seeds:
-            reward = reward_of(arm, members[seed], seed, options.std_penalty)
-            stages.append(run_ppo(bench, [*parents, reward], options, arm, seed))
-        groups[arm] = [curves.read_align(stage) for stage in stages]
-        for seed, stage, curve in zip(bench.seeds, stages, groups[arm], strict=True):
-            found.append(Result({"arm": arm}, seed, measures(stage, curve)))
+            rewards = rewards_of(arm, members[seed], options.std_penalty)
+            runs = []
+            for name, reward in rewards.items():
+                stage = run_ppo(bench, [*parents, reward], options, name, seed)
+                groups[arm].append(curves.read_align(stage))
+                runs.append(measures(stage, groups[arm][-1]))
+            mean = {key: statistics.fmean(run[key] for run in runs) for key in runs[0]}
+            found.append(Result({"arm": arm}, seed, mean))
         if options.json:
             flat = [row.setting | {"seed": row.seed} | row.measures for row in found]
             options.json.write_text(json.dumps(flat, indent=1) + "\n", encoding="utf-8")
