@@ -113,7 +113,7 @@ def start(
     parents = read_parents(whole, "ppo")
     others = read_reward_models(whole, "ppo")
     job = StageJob(whole, "ppo", world.root / "runs/x/ppo", parents, prompts, Console(), others)
-    folders = reward_roles(job, whole.ppo)
+    folders = reward_roles(job)
     tokenizer = AutoTokenizer.from_pretrained("runs/x/pretrain/model")
     roles = Roles(world.own(), folders, heads={r: load_score_head(f) for r, f in folders.items()})
     loaded = LoadedRoles(

@@ -193,7 +193,7 @@ def ppo_scores(root: Path, source: dict[str, Any]) -> list[float]:
         read_reward_models(recipe, "ppo"),
     )
     sft = job.parent_folder("sft") / "model"
-    folders = {"policy": sft, "reference": sft} | reward_roles(job, recipe.ppo)
+    folders = {"policy": sft, "reference": sft} | reward_roles(job)
     loaded = load_roles(job, folders, max_new_tokens=32)
     responses = [loaded.renderer.response(PROMPT, text) for text in RESPONSES]
     sequences = join([loaded.renderer.prompt(PROMPT)] * len(RESPONSES), responses)

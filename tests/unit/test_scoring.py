@@ -39,7 +39,7 @@ def test_models_on_our_base_are_roles_and_others_are_not(world: World) -> None:
     job, _ = start(world, [{"ensemble": ensemble}])
     assert job.recipe.ppo is not None
     own = world.root / "runs/x/reward/model"
-    roles = reward_roles(job, job.recipe.ppo)
+    roles = reward_roles(job)
     assert {role: path.resolve() for role, path in roles.items()} == {
         "reward": own,
         "reward1": world.root / "runs/other/reward/model",
@@ -52,7 +52,7 @@ def test_a_model_that_differs_in_one_thing_does_not_share_the_base(world: World,
     edit_manifest(world.root / "runs/other/reward", **{what: different})
     job, _ = start(world, [{"model": "runs/other/reward"}])
     assert job.recipe.ppo is not None
-    assert reward_roles(job, job.recipe.ppo) == {}
+    assert reward_roles(job) == {}
 
 
 def test_own_reward_model_scores_the_sampled_tokens(world: World) -> None:
