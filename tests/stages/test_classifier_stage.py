@@ -207,7 +207,7 @@ def test_ppo_is_paid_the_probability_that_transformers_gives(
     name: str, reads_text: bool, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if reads_text:
-        monkeypatch.setattr(scoring, "_roles", lambda job, section: {})
+        monkeypatch.setattr(scoring, "_roles", lambda job: {})
     model = "reward" if name == "decoder" and not reads_text else f"{root}/runs/{name}/reward"
     expected = [by_transformers(root, name, response) for response in RESPONSES]
     for number in (1, 2):
