@@ -162,6 +162,16 @@ def test_the_plan_counts_every_member() -> None:
             assert f"adapter: {role}" in names
 
 
+def test_the_plan_counts_a_held_out_reward_where_it_is_looked_at() -> None:
+    words = ["ppo.heldout_reward=/data/judge/reward"]
+    stages = plan_experiment(open_recipe("miniature/smoke", words, Settings()))["stages"]
+    counted = {
+        stage: "adapter: reward1" in [item["name"] for item in stages[stage]["kept"]]
+        for stage in ("ppo", "evaluate")
+    }
+    assert counted == {"ppo": True, "evaluate": False}
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [

@@ -20,7 +20,8 @@ from tests.wandb_server import KEY, WandbServer, wandb_server
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz"
 
-# Logs three steps for each line of the input: folder, environment, run to go on with, first step.
+# Logs three steps for each line of the input: folder, environment, run to go on with, first step,
+# overrides of the recipe.
 CLIENT = """
 import json, os, sys
 from pathlib import Path
@@ -31,10 +32,11 @@ from align.tracking import start_tracker
 
 wandb_run._INIT_TIMEOUT, wandb_run._FINISH_TIMEOUT = 1.0, 1.0
 for line in sys.stdin:
-    folder, environment, run_id, first = json.loads(line)
+    folder, environment, run_id, first, words = json.loads(line)
     if os.fork() == 0:
         os.environ.update(environment)
-        tracker = start_tracker(load_recipe("miniature/smoke"), "sft", Path(folder), run_id)
+        recipe = load_recipe("miniature/smoke", words)
+        tracker = start_tracker(recipe, "sft", Path(folder), run_id)
         for step in range(first, first + 3):
             tracker.log(step, {"loss": 1 / (step + 1)})
         tracker.record({"outputs": {"model": "0" * 64}}, Path(folder))
@@ -57,8 +59,14 @@ def client() -> Any:
         text=True,
     )
 
-    def track(folder: Path, environment: dict, run_id: str | None = None, first: int = 0) -> None:
-        process.stdin.write(json.dumps([str(folder), environment, run_id, first]) + "\n")
+    def track(
+        folder: Path,
+        environment: dict,
+        run_id: str | None = None,
+        first: int = 0,
+        words: tuple[str, ...] = (),
+    ) -> None:
+        process.stdin.write(json.dumps([str(folder), environment, run_id, first, words]) + "\n")
         process.stdin.flush()
         assert process.stdout.readline() == "0\n"
 
@@ -92,6 +100,13 @@ def test_a_run_and_its_continuation_arrive(client, tmp_path):
     assert run.config["manifest"] == {"outputs": {"model": "0" * 64}}
     assert run.exit_code == 0
     assert_no_secrets(server, tmp_path)
+
+
+def test_a_group_of_its_own(client: Any, tmp_path: Path) -> None:
+    with wandb_server() as server:
+        client(tmp_path, server.environment(), words=("name=member-2", "tracking.group=x"))
+    (run,) = server.runs.values()
+    assert (run.facts["groupName"], run.facts["displayName"]) == ("x", "member-2/sft")
 
 
 def assert_no_secrets(server: WandbServer, folder: Path) -> None:
