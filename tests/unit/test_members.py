@@ -114,7 +114,9 @@ def test_verify_looks_at_the_members(place: Path) -> None:
     align(place, "run", "r.yaml")
     (place / "runs/x").rename(place / "runs/moved")
     output, _ = align(place, "verify", "runs/moved", "--json")
-    assert set(json.loads(output)["members"]) == set(MEMBERS)
+    found = json.loads(output)
+    assert set(found["members"]) == set(MEMBERS)
+    assert not [note for note in found["beside"]["notes"] if "members" in note]  # hashed there
     (place / "runs/moved/members/member-3/reward/model/w").write_text("changed")
     output, _ = align(place, "verify", "runs/moved", code=1)
     assert "  members/member-3/reward/model/w: differs from its manifest" in output.splitlines()
