@@ -41,6 +41,7 @@ from pipelines.shaping import ScoreScaler, estimate
 from pipelines.stage import StageJob, StageResult
 from pipelines.stopping import Stopping
 from pipelines.update import Updater
+from reward.combine import scale_warnings
 
 # |ratio - 1| allowed before the first update, and |KL| per token at step 0, by the coarser of the
 # base's dtype and the one that its layers compute in. In float32 both are 0 on a CPU; what is left
@@ -130,6 +131,9 @@ def _train(
         metrics |= score.take_metrics() | {"kl/coef": state.kl_coef, "lr": state.engine.lr}
         metrics |= _costs(rollout, now(roles.device) - started)
         metrics = group.from_first(metrics)
+        if step == 1:
+            for warning in scale_warnings(metrics):
+                job.log.note(f"ppo  warning: {warning}")
         state.kl_coef = _next_kl_coef(state.kl_coef, metrics["kl/mean"], section)
         looked = step % section.probe_every == 0 or step == section.steps
         if looked:

@@ -9,6 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+# Models of one scale on demonstrations mostly spread by less than this on other responses.
+_SAME_SCALE = 1.5
+
 
 def weighted_sum(scores: Tensor, weights: Sequence[float]) -> Tensor:
     """Add up the scores of several sources.
@@ -75,10 +78,29 @@ def source_metrics(scores: Mapping[str, Tensor]) -> dict[str, float]:
 
     Returns:
         ``score/<name>``, the mean over responses and models, before weight and penalty, and
-        for ensembles ``score/<name>/std``, the mean disagreement.
+        for ensembles ``score/<name>/std``, the mean disagreement, and ``score/<name>/scales``,
+        how many times as far as another's one model's scores spread.
     """
     metrics = {f"score/{name}": float(rows.float().mean()) for name, rows in scores.items()}
-    ensembles = {name: rows for name, rows in scores.items() if len(rows) > 1}
-    return metrics | {
-        f"score/{name}/std": float(disagreement(rows).mean()) for name, rows in ensembles.items()
-    }
+    for name, rows in scores.items():
+        if len(rows) > 1:
+            metrics[f"score/{name}/std"] = float(disagreement(rows).mean())
+            spread = rows.float().std(1, correction=0)
+            if float(spread.min()) > 0:
+                metrics[f"score/{name}/scales"] = float(spread.max() / spread.min())
+    return metrics
+
+
+def scale_warnings(metrics: Mapping[str, float]) -> list[str]:
+    """Return what to say of ensembles whose models have no common scale.
+
+    Args:
+        metrics: what ``source_metrics`` returns, among others.
+    """
+    return [
+        f"{key.split('/')[1]}: one model's scores spread {ratio:.1f} times as far as another's, and"
+        " the ensemble takes that for disagreement; reward.scale_on: demonstrations gives all"
+        " models one scale on demonstrations"
+        for key, ratio in metrics.items()
+        if key.startswith("score/") and key.endswith("/scales") and ratio > _SAME_SCALE
+    ]

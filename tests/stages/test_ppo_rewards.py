@@ -57,7 +57,8 @@ run: {threads: 1, parents: {sft: runs/x/sft, reward: runs/x/reward}}
 """
 
 
-def stage(home: Path, name: str) -> None:
+def stage(home: Path, name: str) -> str:
+    """Run a stage; return what it printed."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "pipelines.stage", name, "r.yaml", "--debug"],
@@ -68,6 +69,7 @@ def stage(home: Path, name: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (home / "r.yaml").write_text(RECIPE)
     for name in ("ppo", "evaluate"):
-        stage(home, name)
+        (home / f"{name}.txt").write_text(stage(home, name))
     return home
 
 
@@ -110,6 +112,15 @@ def test_the_score_of_every_step_is_the_weighted_sum_of_its_sources(home: Path) 
         assert metrics[f"{key}/ensemble/std"] > 0.01
         total = metrics["probe/score"] if key == "probe/score" else metrics[f"{key}/mean"]
         assert total == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_ensemble_without_a_common_scale_is_warned_of_once(home: Path) -> None:
+    first = rows(home / "runs/x/ppo/metrics.jsonl")[1]
+    ratio = first["score/ensemble/scales"]
+    assert ratio > 1.5
+    said = (home / "ppo.txt").read_text().split("warning: ensemble: one model's scores spread ")
+    assert len(said) == 2
+    assert said[1].startswith(f"{ratio:.1f} times")
 
 
 def test_manifests_and_verify_know_the_reward_models_of_other_runs(home: Path) -> None:

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from reward.combine import disagreement, ensemble_score, source_metrics, weighted_sum
+from reward.combine import (
+    disagreement,
+    ensemble_score,
+    scale_warnings,
+    source_metrics,
+    weighted_sum,
+)
 
 
 def test_a_weighted_sum_by_hand() -> None:
@@ -74,4 +80,25 @@ def test_metrics_of_sources_by_hand() -> None:
         }
     )
     # Disagreement: 1 on the first response, 0 on the second.
+    scales = metrics.pop("score/ensemble/scales")
     assert metrics == {"score/short": 3.0, "score/ensemble": 2.5, "score/ensemble/std": 0.5}
+    assert scales == 2.0  # the models' scores are 4 and 2 apart
+
+
+def test_models_of_different_scales_are_named() -> None:
+    alike = torch.tensor([[0.0, 2.0, 1.0], [5.0, 2.0, 3.5]])  # the second spreads 1.5 times as far
+    metrics = source_metrics(
+        {
+            "alike": alike,
+            "wide": alike * torch.tensor([[4.0], [1.0]]),  # 4 / 1.5
+            "single": alike[:1],
+            "constant": torch.tensor([[1.0, 1.0], [0.0, 9.0]]),
+        }
+    )
+    found = {key for key in metrics if key.endswith("/scales")}
+    assert found == {"score/alike/scales", "score/wide/scales"}
+    assert metrics["score/alike/scales"] == pytest.approx(1.5)
+    assert metrics["score/wide/scales"] == pytest.approx(4 / 1.5)
+    (warning,) = scale_warnings(metrics | {"lr/scales": 9.0, "score/wide/std": 9.0})
+    assert warning.startswith("wide: one model's scores spread 2.7 times as far as another's")
+    assert "reward.scale_on: demonstrations" in warning

@@ -88,6 +88,7 @@ def test_a_weighted_sum_of_everything(world: World) -> None:
         2.0 * own[i] + statistics.mean(members[i]) - 0.5 * spread[i] + 0.25 * len(RESPONSES[i])
         for i in range(3)
     ]
+    scales = [statistics.pstdev(scores) for scores in (own, other, far)]
     assert min(spread) > 0.05
     assert ask(scorer, loaded) == close(expected)
     metrics = scorer.take_metrics()
@@ -96,6 +97,7 @@ def test_a_weighted_sum_of_everything(world: World) -> None:
             "score/reward": statistics.mean(own),
             "score/ensemble": statistics.mean(map(statistics.mean, members)),
             "score/ensemble/std": statistics.mean(spread),
+            "score/ensemble/scales": max(scales) / min(scales),
             "score/short": -statistics.mean(map(len, RESPONSES)),
         },
         abs=1e-5,
