@@ -25,7 +25,7 @@ from reward.encoder import (
 )
 
 # Of a prompt there has to be more than its special tokens.
-_SHORTEST_PROMPT = 8
+SHORTEST_PROMPT = 8
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ def read_encoder(recipe: Recipe, section: RewardBase) -> EncoderBase:
         prepare_encoder_tokenizer(tokenizer)
         positions, limits = num_positions(encoder_body(settings["config"])), recipe.data
         room = positions - limits.max_response_tokens
-        if room < _SHORTEST_PROMPT:
+        if room < SHORTEST_PROMPT:
             raise InputError(
                 f"reads {positions} tokens at a time, and data.max_response_tokens="
                 f"{limits.max_response_tokens} leaves too little room for a prompt; allowed: at"
-                f" most {positions - _SHORTEST_PROMPT}"
+                f" most {positions - SHORTEST_PROMPT}"
             )
         prompt = min(limits.max_prompt_tokens, room)
         longest = prompt + limits.max_response_tokens

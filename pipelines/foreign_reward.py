@@ -2,14 +2,14 @@
 
 The response is decoded, rendered with the prompt by the reward model's own tokenizer and template,
 and scored as the model was trained to: a decoder at the last token of that rendering. The policy
-still learns from the tokens it sampled.
+still learns from the tokens it sampled. They may be more tokens there than the model can read.
 """
 
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from align.sequences import join, micro_batches
 from data.records import Labelled, Message, Prompt
 from data.render import Renderer, Unusable, render_all
 from data.tokenizer import template_sha256, tokenizer_sha256
-from pipelines.encoder_base import load_finished
+from pipelines.encoder_base import SHORTEST_PROMPT, load_finished
 from reward.head import load_score_head
 from reward.scorer import Row, score_rows
 
@@ -42,7 +42,9 @@ class ForeignRewards:
     renderer: Renderer
     positions: int  # tokens that the base can read
     score: Callable[[int, Sequence[Row]], Tensor]  # of one of the models: rows to scores
-    reads_text: bool = False  # they are classifiers of texts, and given the response alone
+    reads_text: bool  # they are classifiers of texts, and given the response alone
+    note: Callable[[str], None]  # is told of the first response that had to be cut
+    _told: list[int] = field(default_factory=list)  # its length
 
     @torch.no_grad()
     def scores(self, number: int, prompts: Sequence[Chat], responses: Sequence[str]) -> Tensor:
@@ -50,7 +52,7 @@ class ForeignRewards:
         logits ``[B, C]``.
 
         A response that ran into its length limit is rendered as if it had ended there; what that
-        costs is for ``ppo.missing_eos`` to say.
+        costs is for ``ppo.missing_eos`` to say. So is one that the model has no room for.
 
         Raises:
             TrainingError: the template or the tokenizer cannot write a response.
@@ -74,7 +76,9 @@ class ForeignRewards:
             )
 
     def _render(self, prompt: Chat, response: str) -> tuple[list[int], list[int]]:
-        """Return the ids of prompt and response; what does not fit is the prompt's beginning."""
+        """Return the ids of prompt and response; what does not fit is the prompt's beginning, and
+        of a response that leaves no room for a prompt its end, but for the token that ends it.
+        """
         if self.reads_text:
             with self._refusing(response):
                 return self.renderer.labelled(Labelled((response,), ""))
@@ -82,11 +86,23 @@ class ForeignRewards:
         with self._refusing(response):
             prompt_ids = self.renderer.prompt(messages)
             response_ids = self.renderer.response(messages, response)
+        longest = self.positions - SHORTEST_PROMPT
+        if len(response_ids) > longest:
+            self._tell(len(response_ids), longest)
+            response_ids = response_ids[: longest - 1] + response_ids[-1:]
         room = self.positions - len(response_ids)
         if len(prompt_ids) > room:
             narrower = Renderer(self.renderer.tokenizer, room, self.positions)
             prompt_ids = narrower.prompt(messages)
         return prompt_ids, response_ids
+
+    def _tell(self, length: int, longest: int) -> None:
+        if not self._told:
+            self._told.append(length)
+            self.note(
+                f"{self.folders[0]}: a response has {length} tokens of this model, which can read"
+                f" {longest}: it is judged by its beginning, like any other that is as long"
+            )
 
     @contextmanager
     def _refusing(self, response: str) -> Iterator[None]:
@@ -104,7 +120,12 @@ def _reads_text(manifest: Manifest) -> bool:
 
 
 def load_foreign_rewards(
-    recipe: Recipe, folders: Sequence[Path], manifest: Manifest, *, batch_size: int
+    recipe: Recipe,
+    folders: Sequence[Path],
+    manifest: Manifest,
+    *,
+    batch_size: int,
+    note: Callable[[str], None],
 ) -> ForeignRewards:
     """Load finished reward models that were made on one base with one tokenizer and template.
 
@@ -116,6 +137,7 @@ def load_foreign_rewards(
         folders: of their reward stages.
         manifest: of the first one; base, tokenizer and template of all are those in it.
         batch_size: rows per forward pass; only speed and memory depend on it.
+        note: is told of the first response that is too long for the models.
 
     Raises:
         ParentError: the base cannot be found or has no room for the recipe's conversations; base,
@@ -125,7 +147,7 @@ def load_foreign_rewards(
     """
     if manifest.base.architecture == "encoder":
         (folder,) = folders
-        return _load_encoder(recipe, folder, manifest, batch_size)
+        return _load_encoder(recipe, folder, manifest, batch_size, note)
     assert recipe.ppo is not None
     models = [folder / "model" for folder in folders]
     for folder, model in zip(folders, models, strict=True):
@@ -154,12 +176,16 @@ def load_foreign_rewards(
         parts = micro_batches(sequences.lengths, rows=batch_size)
         return torch.cat([roles.scores(sequences.rows(part), f"reward{number}") for part in parts])
 
-    renderer = Renderer(tokenizer, recipe.data.max_prompt_tokens, positions - 1)
-    return ForeignRewards(tuple(folders), renderer, positions, score, _reads_text(manifest))
+    renderer = Renderer(tokenizer, recipe.data.max_prompt_tokens, sys.maxsize)
+    return ForeignRewards(tuple(folders), renderer, positions, score, _reads_text(manifest), note)
 
 
 def _load_encoder(
-    recipe: Recipe, folder: Path, manifest: Manifest, batch_size: int
+    recipe: Recipe,
+    folder: Path,
+    manifest: Manifest,
+    batch_size: int,
+    note: Callable[[str], None],
 ) -> ForeignRewards:
     path, revision, device = folder / "model", manifest.base.revision, compute_device()
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -174,8 +200,8 @@ def _load_encoder(
         pad = tokenizer.pad_token_id
         return score_rows(model, rows, batch_size=batch_size, pad_id=pad, device=device).to(device)
 
-    renderer = Renderer(tokenizer, model.form.max_prompt_tokens, positions - 1)
-    return ForeignRewards((folder,), renderer, positions, score, _reads_text(manifest))
+    renderer = Renderer(tokenizer, model.form.max_prompt_tokens, sys.maxsize)
+    return ForeignRewards((folder,), renderer, positions, score, _reads_text(manifest), note)
 
 
 def _load_base(

@@ -246,6 +246,7 @@ def _foreign_scorers(
             [folders[name] for name in members],
             manifests[members[0]],
             batch_size=batch_size,
+            note=lambda text: job.log.note(text),  # the log begins the stage's folder
         )
         foreign.check_prompts(_readable_prompts(job, loaded))
         for number, name in enumerate(members):

@@ -132,6 +132,28 @@ def test_a_foreign_prompt_that_does_not_fit_loses_its_beginning(world: World) ->
     assert found.tolist() == pytest.approx([expected], abs=1e-5)
 
 
+def test_a_response_longer_than_the_foreign_model_reads_is_judged_by_its_beginning(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scorer, _ = scorer_of(world, [{"model": "runs/far/reward"}])
+    answer = "boats " * 300
+    chats: list[Chat] = [[{"role": "user", "content": "Tom?"}]] * 2
+    found = scorer(chats, [answer.strip(), answer.strip() + " boats"], None)  # type: ignore[arg-type]
+    encode = lambda text: foreign_tokenizer()(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    prompt = encode("<s>[user]\nTom?\n[assistant]\n")
+    response = encode(answer.strip() + "</s>")
+    assert len(prompt) > 8
+    assert len(response) > 256
+    # Eight tokens of the prompt, of the answer what there is room for, and the token that ends it.
+    ids = prompt[:1] + prompt[-7:] + response[:247] + response[-1:]
+    assert len(ids) == 256
+    expected = plain(Path("runs/far/reward"), Path("runs/far/pretrain/model"), ids)
+    assert found.tolist() == pytest.approx([expected, expected], abs=1e-5)
+    said = capsys.readouterr()
+    said_once = f"runs/far/reward: a response has {len(response)} tokens of this model, which can"
+    assert (said.out + said.err).replace("\n", " ").count(said_once) == 1
+
+
 def test_what_the_foreign_template_refuses_is_refused_before_training(world: World) -> None:
     job, loaded = start(world, [{"model": "runs/far/reward"}])
     assert job.recipe.ppo is not None
