@@ -47,7 +47,7 @@ from align.weights import check_files
 _FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "*.jinja")
 _TOKENIZER_FILES = ("special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json")
 # transformers would draw what is missing at random, and say so only in a warning.
-_REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def base_location(recipe: Recipe) -> str:
@@ -143,10 +143,10 @@ def load_causal_lm(recipe: Recipe, location: str) -> PreTrainedModel:
     if Path(location).is_dir():
         check_files(Path(location))
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(location, **settings, **_REPORTED)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(location, **settings, **REPORTED)
     except (OSError, ValueError) as error:
         raise InputError(f"base {location}: {first_line(error)}") from error
-    model = _all_loaded(location, *loaded)
+    model = all_loaded(f"base {location}", *loaded)
     model.generation_config = neutral_generation(model.config)
     model.eval()
     prepare_quantized(model, recipe.base, device)
@@ -168,8 +168,8 @@ def load_backbone(recipe: Recipe, folder: Path) -> PreTrainedModel:
     """Load what gives a whole model's hidden states, without its head, in evaluation mode."""
     settings = load_settings(recipe, str(folder))
     check_files(folder)
-    loaded: Any = AutoModel.from_pretrained(folder, **settings, **_REPORTED)
-    model = _all_loaded(str(folder), *loaded)
+    loaded: Any = AutoModel.from_pretrained(folder, **settings, **REPORTED)
+    model = all_loaded(str(folder), *loaded)
     model.eval()
     return model
 
@@ -307,16 +307,24 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _all_loaded(location: str, model: PreTrainedModel, info: dict[str, Any]) -> PreTrainedModel:
-    """Return a model; refuse weights that are not those of the one that its config describes."""
+def all_loaded(what: str, model: PreTrainedModel, info: dict[str, Any]) -> PreTrainedModel:
+    """Return a model; refuse weights that are not those of the one that its config describes.
+
+    Args:
+        what: the model, for the message.
+        model, info: as ``from_pretrained`` with ``REPORTED`` returns them.
+
+    Raises:
+        InputError: tensors are missing, or have another shape.
+    """
     for name, stored, needed in sorted(info["mismatched_keys"]):
         raise InputError(
-            f"base {location}: its weights do not fit its config.json: {name} is {tuple(stored)} in"
+            f"{what}: its weights do not fit its config.json: {name} is {tuple(stored)} in"
             f" the files; {tuple(needed)} is needed"
         )
     if missing := sorted(info["missing_keys"]):
         raise InputError(
-            f"base {location}: its weights do not fit its config.json: {len(missing)} tensors are"
+            f"{what}: its weights do not fit its config.json: {len(missing)} tensors are"
             f" missing in the files, like {missing[0]}"
         )
     return model

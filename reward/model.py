@@ -36,6 +36,7 @@ from align.adapter_methods import adapter_config
 from align.adapters import WEIGHTS, save_trained, share_config, trained_method
 from align.attention import is_packed
 from align.errors import ParentError
+from align.models import REPORTED, all_loaded
 from align.recipe_adapter import Adapter
 from align.recipe_reward import Head
 from align.sequences import position_ids
@@ -220,6 +221,7 @@ def load_reward_model(causal_lm: PreTrainedModel | None, folder: str | Path) -> 
     Raises:
         RewardModelError: the folder is incomplete.
         ParentError: the adapter does not fit the base.
+        InputError: a whole model lacks a tensor.
     """
     folder = Path(folder)
     head, labels = load_score_head(folder), read_labels(folder)
@@ -227,7 +229,8 @@ def load_reward_model(causal_lm: PreTrainedModel | None, folder: str | Path) -> 
     classifier: PeftModel | PreTrainedModel
     if causal_lm is None:
         check_files(folder)
-        body = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        settings = {"dtype": torch.float32, "use_safetensors": True, **REPORTED}
+        body = all_loaded(str(folder), *AutoModel.from_pretrained(folder, **settings))
         classifier = _classifier(body, labels, widths)
     else:
         config = PeftConfig.from_pretrained(str(folder))

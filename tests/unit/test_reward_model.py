@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from align.adapters import WEIGHTS
-from align.errors import ParentError, TrainingError
+from align.errors import InputError, ParentError, TrainingError
 from align.recipe_adapter import Adapter
 from reward.calibrate import SCORE_FILE, RewardModelError, center_on
 from reward.head import HEAD_KEY, ScoreHead, draw_maps, load_score_head
@@ -173,6 +173,19 @@ def test_removing_an_adapter_tensor_makes_loading_fail(tmp_path: Path) -> None:
     save_file(tensors, folder / WEIGHTS)
     with pytest.raises(ParentError, match="is missing in the file"):
         load_reward_model(tiny.llama(), folder)
+
+
+def test_a_whole_model_without_a_tensor_of_its_body_is_refused(tmp_path: Path) -> None:
+    model = new_reward_model(tiny.llama(), Adapter(method="full"), tmp_path / "sft", seed=3)
+    model.save(tmp_path / "model", str(tmp_path / "sft"), None)
+    assert load_reward_model(None, tmp_path / "model").head.weight.equal(model.head.weight)
+    path = tmp_path / "model/model.safetensors"
+    tensors = load_file(path)
+    (name,) = (name for name in tensors if name.endswith("layers.1.mlp.down_proj.weight"))
+    del tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"1 tensors are missing .*like layers\.1\.mlp\.down_proj"):
+        load_reward_model(None, tmp_path / "model")
 
 
 def test_a_head_of_another_precision_is_refused(tmp_path: Path) -> None:
