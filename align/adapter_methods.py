@@ -220,7 +220,12 @@ def _top_modules(model: PreTrainedModel, count: int) -> list[str]:
             f" most {depth}"
         )
     stacks = (m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
-    layers = next(stacks)
+    layers = next(stacks, None)
+    if layers is None:
+        raise InputError(
+            f"adapter.method=top_layers: the layers of {type(model).__name__} are not found, or are"
+            " one that is used again; allowed for it: another method"
+        )
     parts = list(body.children())
     holder = next(i for i, part in enumerate(parts) if any(m is layers for m in part.modules()))
     above = [part for part in parts[holder + 1 :] if any(True for _ in part.parameters())]

@@ -311,6 +311,8 @@ def _load_classifier(
 ) -> Any:
     config = copy.deepcopy(settings["config"])
     name_labels(config, labels)
+    if hasattr(config, "classifier_pooling"):  # ModernBERT's own is the mean
+        config.classifier_pooling = "cls"
     settings = settings | {"config": config, "dtype": torch.float32, "use_safetensors": True}
     try:
         classifier = AutoModelForSequenceClassification.from_pretrained(location, **settings)

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AlbertConfig, AlbertModel, PreTrainedModel
 
 from align.adapter_methods import adapter_config, check_trained, trained_share
 from align.adapters import WEIGHTS, save_trained, trained_method
@@ -207,6 +207,10 @@ def test_what_a_base_cannot_offer_is_refused_by_name() -> None:
     odd.model.layers[1].mlp = torch.nn.Identity()
     with pytest.raises(InputError, match="bottleneck: where the sublayers of LlamaForCausalLM end"):
         adapter_config(adapter("houlsby"), "CAUSAL_LM", odd)
+    sizes = {"vocab_size": 30, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    shared = AlbertModel(AlbertConfig(**sizes, num_hidden_layers=2))  # one layer, passed twice
+    with pytest.raises(InputError, match="top_layers: the layers of AlbertModel are not found, or"):
+        adapter_config(Adapter(method="top_layers", top_layers=1), "SEQ_CLS", shared)
 
 
 def test_top_layers_are_the_uppermost() -> None:

@@ -11,7 +11,12 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    ModernBertConfig,
+    PreTrainedModel,
+)
 
 from align.adapter_methods import check_trained
 from align.adapters import WEIGHTS, is_adapter
@@ -152,6 +157,36 @@ def test_cls_scores_are_those_of_transformers(make: MakeBase, method: str, tmp_p
         with torch.no_grad():
             expected.append((theirs(**given).logits.item() - 0.25) / 2.0)
     assert scores(model, "left") == pytest.approx(expected, abs=1e-5)
+
+
+def test_cls_is_the_first_token_where_the_encoder_has_a_choice(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = ModernBertConfig(
+        vocab_size=160,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        classifier_pooling="mean",
+        pad_token_id=0,
+        cls_token_id=2,
+        bos_token_id=2,
+        sep_token_id=SEP,
+        eos_token_id=SEP,
+    )
+    AutoModel.from_config(config).save_pretrained(tmp_path / "base")
+    settings = {"config": without_dropout(config)}
+    form = Form("cls", SEP, 64)
+    model = new_encoder_reward(str(tmp_path / "base"), settings, Adapter(method="full"), form, 3)
+    model.eval().save(tmp_path / "model", str(tmp_path / "base"), None)
+    body: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    for row, found in zip(rows(), scores(model), strict=True):
+        with torch.no_grad():
+            states = body.model(input_ids=torch.tensor([row])).last_hidden_state
+            expected = body.classifier(body.head(states[:, 0])).item()
+            assert abs(body.classifier(body.head(states.mean(1))).item() - expected) > 1e-3
+        assert found == pytest.approx(expected, abs=1e-5)
+    assert scores(load_encoder_reward(tmp_path / "model")) == pytest.approx(scores(model))
 
 
 @bases
