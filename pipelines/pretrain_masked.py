@@ -246,7 +246,9 @@ class MaskedTrainer(Trainer):
         """Return this micro batch's share of the optimiser step's loss."""
         assert num_items_in_batch is not None
         losses = masked_losses(model, self._texts.draw(inputs), self._tokenizer)
-        loss = losses.hidden.mean() * (int(num_hidden(inputs).sum()) / num_items_in_batch)
+        # Rows of special tokens alone have nothing to hide; the mean of nothing would be NaN.
+        mean = losses.hidden.sum() / max(1, len(losses.hidden))
+        loss = mean * (int(num_hidden(inputs).sum()) / num_items_in_batch)
         if losses.pairs is not None:
             loss = loss + losses.pairs.sum() / self._rows
         return (loss, {}) if return_outputs else loss

@@ -22,7 +22,7 @@ from transformers import (
 from align.errors import InputError
 from align.recipe import TokenizerSection
 from align.recipe_io import load_recipe
-from data.tokenizer import train_encoder_tokenizer
+from data.tokenizer import prepare_encoder_tokenizer, train_encoder_tokenizer
 from pipelines import stage
 from pipelines.encoder_base import read_encoder
 from pipelines.next_sentence import PairRows, pair_rows
@@ -268,6 +268,39 @@ def test_micro_batches_add_up_to_the_means_of_the_step(
         related += [other] * 3
     means = sum(hidden) / len(hidden) + sum(related) / len(related)
     assert ours == pytest.approx(means * len(related) / size, abs=1e-5)
+
+
+def test_a_row_without_anything_to_hide_teaches_sentences_alone(tmp_path: Path) -> None:
+    tokenizer = prepare_encoder_tokenizer(tiny.wordpiece())
+    unknown = tokenizer("☃ 中 文 ☃ ☃", add_special_tokens=False)["input_ids"]
+    assert set(unknown) == {tokenizer.unk_token_id}
+    known = tokenizer("the kite and the boats", add_special_tokens=False)["input_ids"]
+    texts = pair_rows([unknown, unknown, known], 16, tokenizer, "data.pretrain.train")
+    model = BertForPreTraining(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = MaskedTrainer(texts=texts, tokenizer=tokenizer, rows=1, model=model, args=arguments)
+    empty = 0
+    for row in range(len(texts)):
+        batch = texts.collate(torch.tensor([row]))
+        torch.manual_seed(row)
+        loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=2)
+        torch.manual_seed(row)
+        parts = masked_losses(model, texts.draw(batch), tokenizer)
+        assert parts.pairs is not None
+        if len(parts.hidden) == 0:
+            empty += 1
+            assert loss.item() == pytest.approx(parts.pairs.sum().item())
+            loss.backward()
+            assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert 0 < empty < len(texts)
 
 
 RECIPE = """
