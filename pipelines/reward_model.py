@@ -233,6 +233,10 @@ def _tokenize(job: StageJob, task: Task, renderer: Renderer) -> Tokenized:
     job.check_dropped("reward", len(train) + len(heldout), dropped + heldout_dropped)
     if not train:
         raise InputError("data.reward: no training row is left once tokenised")
+    if job.recipe.reward is not None and job.recipe.reward.heldout_every and not heldout:
+        raise InputError(
+            "data.reward.heldout: no row is left once tokenised; reward.heldout_every needs some"
+        )
     task.check(train, lambda text: job.log.note(text))  # the log begins the stage's folder
     assert isinstance(pad_id, int)
     return Tokenized(train, heldout, _demonstrations(job, renderer), pad_id)

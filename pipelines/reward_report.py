@@ -1,5 +1,6 @@
 """The report of a reward model: what it gets right, where, how sure it is, and what fools it."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -106,7 +107,9 @@ def _bag_of_words(
     note: Callable[[str], None],
 ) -> dict[str, float]:
     try:
-        outcomes = bag_of_words_outcomes(_texts(train)[:BASELINE_PAIRS], _texts(heldout))
+        pairs = _texts(train)
+        some = pairs[:: max(1, math.ceil(len(pairs) / BASELINE_PAIRS))]  # of all files
+        outcomes = bag_of_words_outcomes(some, _texts(heldout))
     except ImportError as error:
         note(
             f"reward  no bag of words to compare with: scikit-learn does not import here ({error});"

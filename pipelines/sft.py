@@ -70,6 +70,10 @@ def run(job: StageJob) -> StageResult | None:
     renderer = Renderer(tokenizer, *limits)
     train, heldout, dropped = _rows(job, renderer)
     job.check_dropped("sft", len(train) + len(heldout), dropped)
+    if section.heldout_every and not heldout:
+        raise InputError(
+            "data.sft.heldout: no row is left once tokenised; sft.heldout_every needs some"
+        )
 
     keys, longest = "data.max_prompt_tokens + data.max_response_tokens", sum(limits)
     if recipe.adapter.method == "prefix":  # stands on the first positions

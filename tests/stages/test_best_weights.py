@@ -77,6 +77,24 @@ def weights(found: dict[str, Any]) -> dict[str, str]:
     return {name: sha256 for name, sha256 in found.items() if name.endswith(".safetensors")}
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_held_out_rows_that_are_all_lost_as_tokens_are_refused_before_training(
+    server: Server, stage: str, tmp_path: Path
+) -> None:
+    long = {"prompt": "Tom?", "chosen": "boats and kites " * 200, "rejected": "boats"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(long) + "\n")
+    refused = server.run(
+        stage,
+        *LOOKS[stage],
+        f"data.{stage}.heldout=[{{path: {tmp_path}/long.jsonl}}]",
+        "data.max_dropped=0.5",
+        "--force",
+    )
+    assert refused.code == 2
+    lost = f"data.{stage}.heldout: no row is left once tokenised; {stage}.heldout_every needs some"
+    assert lost in refused.output
+
+
 def test_packs_are_looked_at_row_by_row(server: Server) -> None:
     packing = ("sft.packing=true", "sft.keep=best")
     found = made(server, "sft", *LOOKS["sft"], *packing)

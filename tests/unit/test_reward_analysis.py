@@ -200,6 +200,27 @@ def test_words_that_decide_are_learned() -> None:
     assert outcomes.tolist() == [1.0, 0.0, 0.5]
 
 
+def test_the_bag_of_words_learns_from_all_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn", reason="the bag of words needs scikit-learn")
+    monkeypatch.setattr("pipelines.reward_report.BASELINE_PAIRS", 20)
+
+    def pair(texts: tuple[str, str]) -> RankedTokens:
+        return RankedTokens([5], ([9, END], [6, END]), Ranking(HI, texts, (1.0, 0.0)))
+
+    first = [pair((f"yes {i}", f"no {i}")) for i in range(20)]
+    second = [pair((f"kite {i}", f"boat {i}")) for i in range(20)]
+    heldout = [pair((f"kite {i}", f"boat {i}")) for i in range(90, 95)]
+    for train in (first + second, second + first):
+        metrics = measure(
+            lambda given: torch.zeros(len(given)),
+            train,
+            heldout,
+            max_response_tokens=9,
+            note=print,
+        )
+        assert metrics["accuracy/bag_of_words"] == 1.0
+
+
 def test_without_scikit_learn_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object) -> None:
         raise ImportError("No module named 'sklearn'")
