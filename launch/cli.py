@@ -14,7 +14,7 @@ import typer
 
 from align import __version__
 from align.errors import AlignError, InputError, printable, stopped_by
-from align.places import MEMBERS
+from align.places import found_members
 from launch import experiment as experiments
 from launch import opened
 from launch.experiment import ChildError
@@ -149,7 +149,7 @@ def verify(run: RunName, as_json: Json = False, debug: Debug = False) -> None:
     folder = Path(run)
     if not folder.is_dir():
         folder = opened.open_run(run, (), read_settings(as_json, debug)).directory
-    members = sorted(path for path in (folder / MEMBERS).glob("*") if path.is_dir())
+    members = found_members(folder)
     found = {path: verify_run(path) for path in (folder, *members)}
     wrong = any(c.problems for checks, beside in found.values() for c in (*checks.values(), beside))
     if as_json:

@@ -14,7 +14,7 @@ from typing import Any
 
 from align.errors import InputError, RecipeError
 from align.manifest import METRICS, SAMPLES, Manifest, find_manifest, read_manifest, sha256_file
-from align.places import MEMBERS
+from align.places import found_members
 from align.recipe import Recipe, StageName
 from align.recipe_io import dump_recipe, load_recipe
 from launch import experiment as experiments
@@ -107,7 +107,7 @@ def compare_runs(
     """
     places: dict[str, StageName] = {stage: stage for stage in stages}
     if "reward" in stages:
-        members = sorted((again / MEMBERS).glob("*/reward"))
+        members = [path / "reward" for path in found_members(again) if (path / "reward").is_dir()]
         names = [path.relative_to(again).as_posix() for path in members]
         places |= dict.fromkeys((n for n in names if find_manifest(run / n)), "reward")
     return {place: _compare(run / place, again / place, s) for place, s in places.items()}

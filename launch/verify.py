@@ -37,7 +37,8 @@ class StageCheck:
 def verify_run(run: Path) -> tuple[dict[StageName, StageCheck], StageCheck]:
     """Check every stage of a run, and the files beside the stages.
 
-    The members of its ensemble are runs of their own; see ``align.places.member_runs``.
+    The members of its ensemble are runs of their own, those that were left by an earlier recipe
+    too: their files are covered by no other hash. See ``align.places.found_members``.
 
     Raises:
         InputError: this is no run directory.

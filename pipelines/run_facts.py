@@ -1,6 +1,7 @@
 """What a run directory says about itself: manifests, metrics and samples of every stage in it.
 
-Nothing here loads a model or needs the recipe: a tree copied from elsewhere reads the same.
+Nothing here loads a model, and the recipe says only how many members an ensemble has: a tree copied
+from elsewhere reads the same.
 """
 
 import json
@@ -9,10 +10,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from align.errors import InputError
-from align.manifest import FILE, MARKS, Manifest, read_manifest
-from align.places import MEMBERS
+from align.errors import InputError, RecipeError
+from align.manifest import FILE, MARKS, RECIPE, Manifest, read_manifest
+from align.places import members_of
 from align.recipe import StageName
+from align.recipe_io import load_recipe
 from align.stages import STAGES
 
 
@@ -79,14 +81,22 @@ def read_run(directory: Path) -> Run:
 
 
 def member_metrics(run: Run) -> list[dict[str, float]]:
-    """Return the final metrics of the other members of the reward model's ensemble, if it has any.
+    """Return the final metrics of the other members of the reward model's ensemble, by number.
+
+    How many there are the recipe says that lies beside the reward stage: a recipe before it may
+    have left members of its own. None where that recipe cannot be read.
 
     Raises:
         ParentError: a manifest cannot be read.
     """
     if "reward" not in run:
         return []
-    folders = sorted((run["reward"].directory.parent / MEMBERS).glob("*/reward"))
+    place = run["reward"].directory.parent
+    try:
+        section = load_recipe(place / RECIPE).reward
+    except RecipeError:
+        return []
+    folders = [m / "reward" for m in members_of(place, section.members if section else 1)]
     return [read_manifest(f, "reward").metrics for f in folders if (f / FILE).is_file()]
 
 

@@ -122,6 +122,17 @@ def test_verify_looks_at_the_members(place: Path) -> None:
     assert "  members/member-3/reward/model/w: differs from its manifest" in output.splitlines()
 
 
+def test_verify_looks_at_members_by_number_and_at_those_that_were_left(place: Path) -> None:
+    align(place, "run", "r.yaml")
+    members = place / "runs/x/members"
+    (members / "member-3").rename(members / "member-10")
+    output, _ = align(place, "verify", "runs/x", "--json")
+    assert list(json.loads(output)["members"]) == ["member-2", "member-10"]
+    (members / "member-10/reward/model/w").write_text("changed")
+    output, _ = align(place, "verify", "runs/x", code=1)
+    assert "  members/member-10/reward/model/w: differs from its manifest" in output.splitlines()
+
+
 def test_reproduce_compares_the_members(place: Path) -> None:
     align(place, "run", "r.yaml")
     output, _ = align(place, "reproduce", "runs/x")

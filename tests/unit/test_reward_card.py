@@ -6,6 +6,7 @@ from pipelines.report import render
 from pipelines.reward_card import reward_card
 from pipelines.run_facts import read_run
 from tests.run_tree import write_stage
+from tests.stand_ins import RECIPE
 
 METRICS = {
     "accuracy": 0.7,
@@ -88,14 +89,43 @@ def test_a_temperature_that_does_not_help_is_not_advised(tmp_path: Path) -> None
     assert "too sure" not in text
 
 
-def test_the_card_names_the_other_members_of_an_ensemble(tmp_path: Path) -> None:
-    write_stage(tmp_path / "reward", "reward", [], METRICS)
-    for number, accuracy in ((2, 0.68), (3, 0.725)):
-        folder = tmp_path / "members" / f"member-{number}" / "reward"
+def ensemble(run: Path, members: int, accuracies: dict[int, float]) -> list[str]:
+    """Write a run whose recipe says how many members there are; return what is said of them."""
+    write_stage(run / "reward", "reward", [], METRICS)
+    data = "data:\n  reward: {train: [{world: rankings}]}\n"
+    section = f"reward: {{members: {members}, lr: 1e-3, batch_size: 2}}\n"
+    (run / "recipe.yaml").write_text(RECIPE.replace("data:\n", data) + section)
+    for number, accuracy in accuracies.items():
+        folder = run / "members" / f"member-{number}" / "reward"
         write_stage(folder, "reward", [], METRICS | {"accuracy": accuracy})
-    card = reward_card(read_run(tmp_path))
+    card = reward_card(read_run(run))
     assert card is not None
-    found = [text for text in card.sentences if "seed" in text]
-    assert [text.replace("\xa0", " ") for text in found] == [
+    return [text.replace("\xa0", " ") for text in card.sentences if "seed" in text]
+
+
+def test_the_card_names_the_other_members_of_an_ensemble(tmp_path: Path) -> None:
+    assert ensemble(tmp_path, 3, {2: 0.68, 3: 0.725}) == [
         "It is one of 3 that differ by their seed; the others: 68.0 %, 72.5 %."
     ]
+
+
+def test_a_member_that_an_earlier_recipe_left_is_none_of_the_ensemble(tmp_path: Path) -> None:
+    """The recipe had three, then two with another learning rate: member-3 is not made again."""
+    assert ensemble(tmp_path / "two", 2, {2: 0.68, 3: 0.725}) == [
+        "It is one of 2 that differ by their seed; the others: 68.0 %."
+    ]
+    assert ensemble(tmp_path / "one", 1, {2: 0.68, 3: 0.725}) == []
+
+
+def test_members_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    found = ensemble(tmp_path, 10, {number: 0.6 + number / 100 for number in range(2, 11)})
+    (said,) = [text.partition("the others: ")[2] for text in found]
+    assert said == ", ".join(f"{60 + number}.0 %" for number in range(2, 11)) + "."
+
+
+def test_members_of_a_run_without_a_readable_recipe_are_not_told(tmp_path: Path) -> None:
+    ensemble(tmp_path, 2, {2: 0.68})
+    (tmp_path / "recipe.yaml").write_text("name: x\n")
+    card = reward_card(read_run(tmp_path))
+    assert card is not None
+    assert not [text for text in card.sentences if "seed" in text]
