@@ -287,6 +287,22 @@ class Recipe(Section):
         if self.reward and self.reward.center_on == "demonstrations" and self.data.sft is None:
             needed = "needs the demonstrations of data.sft; allowed without them: none"
             problems.append(("reward.center_on", needed))
+        problems += self._evaluation_problems()
+        has_model = self.reward or self.run.parents.reward
+        if self.ppo and self.ppo.needs_reward_stage and not has_model:
+            needed = "needs a reward section, run.parents.reward, or a function as ppo.reward"
+            problems.append(("ppo.reward", needed))
+        return problems + (self._ppo_problems(self.ppo) if self.ppo else [])
+
+    def _evaluation_problems(self) -> list[tuple[str, str]]:
+        """Return why the evaluation could not run, or would never read its benchmark."""
+        problems = []
+        if self.evaluate and not (self.sft or self.run.parents.sft):
+            needed = "compares with sft: needs an sft section or run.parents.sft"
+            problems.append(("evaluate", needed))
+        if self.data.benchmark and not self.evaluate:
+            needed = "is read by the evaluate stage alone: needs an evaluate section"
+            problems.append(("data.benchmark", f"{needed}; allowed without one: {{}}"))
         has_model = self.reward or self.run.parents.reward
         scores = has_model and not (self.reward and self.reward.labels)
         if self.data.benchmark and not scores:
@@ -294,10 +310,7 @@ class Recipe(Section):
                 "tests a reward model: needs a reward section, with a loss of pairs or listwise"
             )
             problems.append(("data.benchmark", f"{needed}, or run.parents.reward"))
-        if self.ppo and self.ppo.needs_reward_stage and not has_model:
-            needed = "needs a reward section, run.parents.reward, or a function as ppo.reward"
-            problems.append(("ppo.reward", needed))
-        return problems + (self._ppo_problems(self.ppo) if self.ppo else [])
+        return problems
 
     def _adapter_problems(self) -> list[tuple[str, str]]:
         adapter, base = self.adapter, self.base

@@ -14,6 +14,7 @@ from align.seeds import derive_seed
 def member_settings(recipe: Recipe) -> list[dict[str, str]]:
     """Return what the recipe of each member but the first says otherwise: YAML by key."""
     shared: dict[str, object] = {"reward.members": 1, "ppo": None, "evaluate": None}
+    shared["data.benchmark"] = {}  # which is refused without an evaluation
     for stage in ("pretrain", "sft"):
         if getattr(recipe, stage) is not None:
             shared[f"run.parents.{stage}"] = str(stage_directory(recipe, stage))

@@ -122,3 +122,37 @@ def test_a_benchmark_concerns_the_evaluation_alone() -> None:
     nothing = [source, "reward=null", "ppo=null", "evaluate=null"]
     with pytest.raises(RecipeError, match=r"data\.benchmark.*: tests a reward model"):
         load_recipe("miniature", nothing)
+
+
+def test_a_benchmark_that_no_evaluation_would_read_is_refused() -> None:
+    source = "data.benchmark={mine: {world: pairs, split: heldout}}"
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("miniature", [source, "evaluate=null"])
+    assert str(caught.value).splitlines() == [
+        f"{source}: data.benchmark: is read by the evaluate stage alone: needs an evaluate section;"
+        " allowed without one: {}"
+    ]
+
+
+# An encoder learns to score without SFT.
+ENCODER = (
+    "ppo=null",
+    "sft=null",
+    "data.sft=null",
+    "reward.center_on=none",
+    "reward.base={id: bert}",
+    "pretrain=null",
+    "base.id=x",
+    "tokenizer.vocab_size=null",
+)
+
+
+def test_an_evaluation_without_sft_is_refused_before_anything_is_trained() -> None:
+    problem = "evaluate: compares with sft: needs an sft section or run.parents.sft"
+    for more in ((), ("data.benchmark={mine: {world: pairs, split: heldout}}",)):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe("miniature", [*ENCODER, *more])
+        (line,) = str(caught.value).splitlines()
+        assert line.endswith(problem)
+    load_recipe("miniature", [*ENCODER, "evaluate=null"])
+    load_recipe("miniature", [*ENCODER, "run.parents.sft=/a/sft"])

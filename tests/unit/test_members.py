@@ -110,6 +110,15 @@ def test_another_seed_redoes_all_members_and_what_scores_with_them(place: Path) 
     assert "ppo: running (its parent reward has changed)" in output
 
 
+def test_members_are_made_beside_a_benchmark_which_is_the_evaluations(place: Path) -> None:
+    source = "data.benchmark={mine: {world: pairs, split: heldout}}"
+    align(place, "sft", "r.yaml")
+    output, _ = align(place, "reward", "r.yaml", source, "reward.members=2")
+    assert "member-2: reward: done" in output
+    saved = yaml.safe_load((place / "runs/x/members/member-2/recipe.yaml").read_text())
+    assert saved["data"]["benchmark"] == {}
+
+
 def test_verify_looks_at_the_members(place: Path) -> None:
     align(place, "run", "r.yaml")
     (place / "runs/x").rename(place / "runs/moved")
