@@ -68,6 +68,7 @@ def reward_card(run: Run) -> RewardCard | None:
         *_accuracy_sentences(metrics),
         *_member_sentence(run),
         *_calibration_sentences(metrics),
+        *_length_sentences(metrics),
     )
     if MAJORITY in metrics:
         sentences = (*_class_sentences(metrics), *_words_sentence(metrics))
@@ -165,7 +166,36 @@ def _calibration_sentences(metrics: Mapping[str, float]) -> list[str]:
             sentences.append(
                 f"Dividing its scores by a temperature does not help: {percent(scaled)} {how}."
             )
+    if "calibration/brier" in metrics:
+        brier, so_scaled = metrics["calibration/brier"], metrics.get("calibration/brier_scaled")
+        also = f", so scaled {so_scaled:.3f}" if so_scaled is not None else ""
+        sentences.append(f"Its Brier score is {brier:.3f}{also} (always saying one half: 0.250).")
     return sentences
+
+
+def _length_sentences(metrics: Mapping[str, float]) -> list[str]:
+    """Say how much the scores follow length, beside how much the labels do."""
+    sentences = []
+    if "length/bias" in metrics:
+        bounds = written_interval(metrics, "length/prefers_longer", percent)
+        sentences.append(
+            "The longer answer scores higher in"
+            f" {percent(metrics['length/prefers_longer'])} of pairs ({bounds}); the labels prefer"
+            f" it in {percent(metrics['length/labels_prefer_longer'])}: a length bias of"
+            f" {_points(metrics['length/bias'])} points"
+            f" ({written_interval(metrics, 'length/bias', _points)})."
+        )
+    if "length/correlation" in metrics:
+        found = number(metrics["length/correlation"])
+        sentences.append(
+            f"Within prompts, differences of score and of length correlate with {found}."
+        )
+    return sentences
+
+
+def _points(value: float) -> str:
+    """Write a difference of two shares in percentage points."""
+    return f"{value * 100:+.1f}"
 
 
 def _bars(metrics: Mapping[str, float]) -> tuple[Bar, ...]:

@@ -70,6 +70,38 @@ def test_the_card_names_biases_parts_and_calibration(tmp_path: Path) -> None:
     assert [bar.label for bar in card.bars][2] == "words alone"
 
 
+def sentences(run: Path, **more: float) -> str:
+    """Return what the card says of these metrics, as one text."""
+    names = {key.replace("__", "/"): value for key, value in more.items()}
+    write_stage(run / "reward", "reward", [], METRICS | names)
+    card = reward_card(read_run(run))
+    assert card is not None
+    return " ".join(card.sentences).replace("\u00a0", " ")
+
+
+def test_the_card_says_how_scores_follow_length(tmp_path: Path) -> None:
+    text = sentences(tmp_path / "more", length__correlation=0.31)
+    assert (
+        "The longer answer scores higher in 80.0 % of pairs (90 % interval 75.0 to 85.0 %); the"
+        " labels prefer it in 60.0 %: a length bias of +20.0 points (90 % interval +15.0 to +25.0)."
+        in text
+    )
+    assert "Within prompts, differences of score and of length correlate with 0.31." in text
+    fewer = {"length__bias": -0.05, "length__bias__low": -0.1, "length__bias__high": 0.002}
+    text = sentences(tmp_path / "less", length__correlation=-0.2, **fewer)
+    assert "a length bias of -5.0 points (90 % interval -10.0 to +0.2)." in text
+    assert "correlate with -0.20." in text
+    assert "correlate" not in sentences(tmp_path / "none")
+
+
+def test_the_card_has_the_brier_score(tmp_path: Path) -> None:
+    text = sentences(tmp_path / "scaled", calibration__brier=0.187, calibration__brier_scaled=0.17)
+    assert "Its Brier score is 0.187, so scaled 0.170 (always saying one half: 0.250)." in text
+    text = sentences(tmp_path / "plain", calibration__brier=0.187)
+    assert "Its Brier score is 0.187 (always saying one half: 0.250)." in text
+    assert "Brier" not in sentences(tmp_path / "none")
+
+
 def test_the_page_holds_it_escaped(tmp_path: Path) -> None:
     write_stage(tmp_path / "reward", "reward", [], METRICS)
     page = render(read_run(tmp_path), tmp_path)
