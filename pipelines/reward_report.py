@@ -55,7 +55,7 @@ def measure(
     if not found:
         return metrics
     better, worse = strict_pairs(groups, targets)
-    outcomes, owners = pair_outcomes(scores, groups, targets)
+    outcomes, owners = pair_outcomes(scores, groups, targets, pairs=(better, worse))
     differences = scores[better] - scores[worse]
     metrics |= found | {"pairs": float(len(better))}
     rankings = [heldout[owner].ranking for owner in owners.tolist()]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Z90 = 1.6448536269514722  # the normal distribution holds 90 % within +- so many deviations
+_FEW = 128  # responses that are compared all with all sooner than sorted by prompt
 
 
 class Interval(NamedTuple):
@@ -31,11 +32,22 @@ def strict_pairs(groups: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         targets: ``[N]``, higher is better. Pairs of equal targets are ties and left out.
 
     Returns:
-        ``better`` and ``worse``, both ``[M]`` long: indices into the ``[N]`` responses.
+        ``better`` and ``worse``, both ``[M]`` long: indices into the ``[N]`` responses, ordered by
+        ``better``, then by ``worse``.
     """
-    same = groups[:, None] == groups[None, :]
-    better, worse = (same & (targets[:, None] > targets[None, :])).nonzero(as_tuple=True)
-    return better, worse
+    if len(groups) <= _FEW:
+        same = groups[:, None] == groups[None, :]
+        better, worse = (same & (targets[:, None] > targets[None, :])).nonzero(as_tuple=True)
+        return better, worse
+    # Each response beside the K of its prompt alone: [N, K], K those of the longest ranking.
+    by_prompt = torch.argsort(groups, stable=True)
+    counts = torch.bincount(groups)
+    starts = counts.cumsum(0) - counts
+    places = torch.arange(int(counts.max()), device=groups.device)
+    beside = by_prompt[(starts[groups][:, None] + places).clamp(max=len(groups) - 1)]
+    wins = (places < counts[groups][:, None]) & (targets[:, None] > targets[beside])
+    better, place = wins.nonzero(as_tuple=True)
+    return better, beside[better, place]
 
 
 def pair_losses(
@@ -75,6 +87,7 @@ def ranking_loss(
     votes: Tensor | None = None,
     label_smoothing: float = 0.0,
     num_rankings: int | Tensor | None = None,
+    pairs: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return the ranking loss of InstructGPT (Ouyang et al. 2022, eq. 1).
 
@@ -94,11 +107,12 @@ def ranking_loss(
             (Mitchell 2023, "A note on DPO with noisy preferences": conservative DPO).
         num_rankings: G of the whole optimiser step, where ``scores`` are only a part of it; the
             parts' losses then add up to the loss of the whole. None: G of these scores.
+        pairs: what ``strict_pairs`` says of them, where that is known.
 
     Returns:
         A scalar. Without any pair it is 0 and its gradient is 0.
     """
-    better, worse = strict_pairs(groups, targets)
+    better, worse = strict_pairs(groups, targets) if pairs is None else pairs
     owner = groups[better]
     margin = share = None
     if margins is not None:
@@ -190,23 +204,42 @@ def count_rankings(groups: Tensor, targets: Tensor) -> Tensor:
     return (torch.bincount(groups[better], minlength=1) > 0).sum()
 
 
-def pair_outcomes(scores: Tensor, groups: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def pair_outcomes(
+    scores: Tensor,
+    groups: Tensor,
+    targets: Tensor,
+    *,
+    pairs: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return for every strict pair whether ``scores`` order it as the annotator did.
 
     With the responses' lengths as ``scores`` this is the outcome of the rule "longer wins".
+
+    Args:
+        scores, groups, targets, pairs: as for ``ranking_loss``.
 
     Returns:
         ``outcomes`` ``[M]`` float32: 1 right, 0 wrong, 0.5 where the two scores are equal; and
         ``owners`` ``[M]`` long: the prompt of each pair.
     """
-    better, worse = strict_pairs(groups, targets)
+    better, worse = strict_pairs(groups, targets) if pairs is None else pairs
     order: Tensor = torch.sign(scores[better] - scores[worse]).float()
     return (order + 1) / 2, groups[better]
 
 
-def mean_margin(scores: Tensor, groups: Tensor, targets: Tensor) -> float:
-    """Return the mean of better minus worse score over all strict pairs; NaN without a pair."""
-    better, worse = strict_pairs(groups, targets)
+def mean_margin(
+    scores: Tensor,
+    groups: Tensor,
+    targets: Tensor,
+    *,
+    pairs: tuple[Tensor, Tensor] | None = None,
+) -> float:
+    """Return the mean of better minus worse score over all strict pairs; NaN without a pair.
+
+    Args:
+        scores, groups, targets, pairs: as for ``ranking_loss``.
+    """
+    better, worse = strict_pairs(groups, targets) if pairs is None else pairs
     return (scores[better].double() - scores[worse].double()).mean().item()
 
 
@@ -266,16 +299,17 @@ def ranking_metrics(
     Returns:
         Nothing if there is no strict pair.
     """
-    outcomes, owners = pair_outcomes(scores, groups, targets)
+    pairs = strict_pairs(groups, targets)
+    outcomes, owners = pair_outcomes(scores, groups, targets, pairs=pairs)
     if outcomes.numel() == 0:
         return {}
     accuracy = share_with_interval(outcomes, owners)
-    longer, _ = pair_outcomes(lengths, groups, targets)
+    longer, _ = pair_outcomes(lengths, groups, targets, pairs=pairs)
     return {
-        "loss": ranking_loss(scores, groups, targets).item(),
+        "loss": ranking_loss(scores, groups, targets, pairs=pairs).item(),
         "accuracy": accuracy.mean,
         "accuracy/low": accuracy.low,
         "accuracy/high": accuracy.high,
         "accuracy/longer_wins": longer.double().mean().item(),
-        "margin/mean": mean_margin(scores, groups, targets),
+        "margin/mean": mean_margin(scores, groups, targets, pairs=pairs),
     }

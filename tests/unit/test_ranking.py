@@ -2,10 +2,13 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from reward import ranking
 from reward.ranking import (
     centering_penalty,
     count_rankings,
@@ -14,6 +17,7 @@ from reward.ranking import (
     pair_losses,
     pair_outcomes,
     ranking_loss,
+    ranking_metrics,
     share_with_interval,
     strict_pairs,
 )
@@ -179,6 +183,76 @@ def test_t33_swapping_a_pair_negates_the_margin() -> None:
 def test_strict_pairs_skip_ties_and_other_prompts() -> None:
     better, worse = strict_pairs(torch.tensor([0, 1, 0, 0]), torch.tensor([3.0, 0.0, 1.0, 3.0]))
     assert sorted(zip(better.tolist(), worse.tolist(), strict=True)) == [(0, 2), (3, 2)]
+
+
+def many_groups(seed: int, prompts: int, mixed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Groups of one to six responses and their targets, of which many are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 7, (prompts,), generator=generator)
+    groups = torch.arange(prompts).repeat_interleave(sizes)
+    if mixed:
+        groups = groups[torch.randperm(len(groups), generator=generator)]
+    return groups, torch.randint(0, 4, groups.shape, generator=generator).double()
+
+
+# A handful of responses, and more than are compared all with all.
+@pytest.mark.parametrize("prompts", [1, 5, 40, 120])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_strict_pairs_come_in_the_order_of_the_loop(prompts: int, mixed: bool) -> None:
+    for seed in range(5):
+        groups, targets = many_groups(seed, prompts, mixed)
+        g, t = groups.tolist(), targets.tolist()
+        expected = [
+            (i, j) for i in range(len(g)) for j in range(len(g)) if g[i] == g[j] and t[i] > t[j]
+        ]
+        better, worse = strict_pairs(groups, targets)
+        assert list(zip(better.tolist(), worse.tolist(), strict=True)) == expected
+        assert better.dtype == worse.dtype == torch.long
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many elements the largest tensor has that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for value in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return found
+
+
+def test_twice_the_prompts_take_twice_the_memory() -> None:
+    # All against all would be 2,000 x 2,000 and 4,000 x 4,000.
+    for prompts in (1000, 2000):
+        groups, targets = torch.arange(prompts).repeat_interleave(2), torch.arange(2 * prompts)
+        with Largest() as largest:
+            better, _ = strict_pairs(groups, targets)
+        assert len(better) == prompts
+        assert largest.elements <= 2 * (2 * prompts)
+
+
+def test_the_metrics_look_for_the_pairs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(groups: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(len(groups))
+        return strict_pairs(groups, targets)
+
+    monkeypatch.setattr(ranking, "strict_pairs", counted)
+    scores = torch.tensor([2.0, 1.0, 0.0, 0.0, 3.0])
+    groups, targets = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([1.0, 0, 2, 1, 1])
+    found = ranking_metrics(scores, groups, targets, torch.tensor([4, 5, 6, 2, 2]))
+    assert calls == [5]
+    # Differences 1; 0 and -3. The longer one is the worse in the first pair alone.
+    of_second = (LN2 + softplus(3.0)) / 2
+    assert found["loss"] == pytest.approx((softplus(-1.0) + of_second) / 2, abs=1e-6)
+    assert found["accuracy"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert found["accuracy/longer_wins"] == pytest.approx(2 / 3)
+    assert found["margin/mean"] == pytest.approx((1 + 0 - 3) / 3)
 
 
 def test_outcomes_count_equal_scores_half() -> None:
