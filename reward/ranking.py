@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Z90 = 1.6448536269514722  # the normal distribution holds 90 % within +- so many deviations
+_ROUNDING = 1e-12  # of the variance: less of it between prompts is none
 _FEW = 128  # responses that are compared all with all sooner than sorted by prompt
 
 
@@ -252,8 +253,8 @@ def share_with_interval(outcomes: Tensor, owners: Tensor) -> Interval:
         n = p (1 - p) / var(p),    var(p) = sum_g (sum_(i in g) (x_i - p))^2 / M^2
 
     (the cluster-robust variance; Korn and Graubard 1998 build intervals for surveys so), never
-    above M. Where the formula has nothing to measure, as with all pairs right, n is the number of
-    prompts.
+    above M. Where the formula has nothing to measure, as all prompts have the same share of right
+    pairs, n is the number of prompts.
 
     Args:
         outcomes: ``[M]`` in [0, 1].
@@ -279,7 +280,8 @@ def _effective_count(deviations: Tensor, owners: Tensor, variance: float) -> flo
     sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64, device=deviations.device)
     sums.index_add_(0, index, deviations)
     spread = float((sums**2).sum()) / count**2
-    if spread == 0 or variance == 0:
+    # Prompts of the same share leave of 0 what the rounding of p makes of it.
+    if spread <= _ROUNDING * variance:
         return float(sums.numel())
     return min(float(count), max(1.0, variance / spread))
 

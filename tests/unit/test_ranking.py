@@ -295,6 +295,29 @@ def test_all_right_is_not_certain() -> None:
     assert interval == pytest.approx((1.0, 10 / 12.705543, 1.0), abs=1e-6)
 
 
+def test_rounding_does_not_decide_how_much_equal_shares_tell() -> None:
+    # The bounds x of Wilson's interval solve (x - p)^2 = z^2 x (1 - x) / n: n is read off them.
+    def effective(*prompts: tuple[int, int]) -> list[float]:
+        outcomes = torch.tensor([float(i < k) for k, m in prompts for i in range(m)])
+        owners = torch.tensor([g for g, (_, m) in enumerate(prompts) for _ in range(m)])
+        p, *bounds = share_with_interval(outcomes, owners)
+        return [2.705543 * x * (1 - x) / (x - p) ** 2 for x in bounds]
+
+    # As many as there are prompts, where all have the same share of right pairs.
+    assert effective((5, 6)) == pytest.approx([1, 1], rel=1e-6)
+    for prompts in (1, 3, 10, 200):
+        for right, pairs in ((1, 2), (2, 3), (1, 6), (5, 6), (3, 10), (7, 36)):
+            found = effective(*[(right, pairs)] * prompts)
+            assert found == pytest.approx([prompts, prompts], rel=1e-6), (prompts, right, pairs)
+    # One of 100 is another: the sums are 0.99 and 99 of -0.01, n = p (1 - p) 300^2 / 0.99 > 300.
+    assert effective(*[(2, 3)] * 99, (3, 3)) == pytest.approx([300, 300], rel=1e-6)
+    # Sums of 0.5 and -0.5, n = 0.25 * 6^2 / 0.5 > 6; of 1.5 and -1.5, n = 0.25 * 6^2 / 4.5.
+    assert effective((2, 3), (1, 3)) == pytest.approx([6, 6], rel=1e-6)
+    assert effective((3, 3), (0, 3)) == pytest.approx([2, 2], rel=1e-6)
+    # One pair of each prompt, which the formula counts one by one.
+    assert effective(*[(1, 1)] * 7, *[(0, 1)] * 3) == pytest.approx([10, 10], rel=1e-6)
+
+
 def test_no_pair_gives_nan() -> None:
     interval = share_with_interval(torch.zeros(0), torch.zeros(0).long())
     assert all(math.isnan(value) for value in interval)
