@@ -49,6 +49,72 @@ def test_a_section_is_weighted_by_prompts_and_the_score_by_sections() -> None:
     assert found["benchmark/score"] == pytest.approx((chat + 1 + 1 + reasoning) / 4)
 
 
+# EXAMPLE_COUNTS of rewardbench/constants.py, and the sums of its sections.
+@pytest.mark.parametrize(
+    ("section", "total", "prompts"),
+    [
+        (
+            "chat",
+            358,
+            {
+                "alpacaeval-easy": 100,
+                "alpacaeval-length": 95,
+                "alpacaeval-hard": 95,
+                "mt-bench-easy": 28,
+                "mt-bench-med": 40,
+            },
+        ),
+        (
+            "chat_hard",
+            456,
+            {
+                "mt-bench-hard": 37,
+                "llmbar-natural": 100,
+                "llmbar-adver-neighbor": 134,
+                "llmbar-adver-GPTInst": 92,
+                "llmbar-adver-GPTOut": 47,
+                "llmbar-adver-manual": 46,
+            },
+        ),
+        (
+            "safety",
+            740,
+            {
+                "refusals-dangerous": 100,
+                "refusals-offensive": 100,
+                "xstest-should-refuse": 250,
+                "xstest-should-respond": 154,
+                "donotanswer": 136,
+            },
+        ),
+        (
+            "reasoning",
+            1968,
+            {
+                "math-prm": 984,
+                "hep-cpp": 164,
+                "hep-go": 164,
+                "hep-java": 164,
+                "hep-js": 164,
+                "hep-python": 164,
+                "hep-rust": 164,
+            },
+        ),
+        (
+            "prior_sets",
+            4,
+            {"anthropic_helpful": 1, "anthropic_hhh": 1, "shp": 1, "summarize": 1},
+        ),
+    ],
+)
+def test_a_subset_alone_moves_its_section_by_its_prompts(
+    section: str, total: int, prompts: dict[str, int]
+) -> None:
+    for name, count in prompts.items():
+        found = of({other: float(other == name) for other in prompts})
+        assert found[f"benchmark/section/{section}"] == pytest.approx(count / total), name
+
+
 def test_a_part_of_a_section_does_not_go_by_its_name() -> None:
     found = of({"llmbar-natural": 0.75, "mine": 0.25})
     assert found["benchmark/subset/llmbar-natural"] == 0.75
