@@ -1,11 +1,13 @@
 """What is said of a reward model beyond its accuracy: hand arithmetic, and planted biases."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from align.errors import InputError
+from align.recipe_reward import Strength
 from data.records import Message, Ranking
 from pipelines.ranked_tokens import RankedTokens
 from pipelines.reward_report import measure, probe_response, quick_look
@@ -18,6 +20,7 @@ from reward.analysis import (
     warnings,
 )
 from reward.baseline import bag_of_words_outcomes
+from reward.scorer import Row
 
 HI = (Message("user", "hi"),)
 END = 1
@@ -99,6 +102,49 @@ def planted(length: float, quality: float, vain_labels: bool = False) -> dict[st
 
     notes: list[str] = []
     return measure(score, rows[:5], rows, max_response_tokens=60, note=notes.append)
+
+
+def test_the_accuracy_by_file_strength_and_margin_by_hand() -> None:
+    # Of each pair: file, strength, margin, the difference of its targets, whether it is right.
+    # The margins rise as the differences fall; 3 is that of the pair without a margin. The first
+    # row is a tie and no pair.
+    table: list[tuple[str, Strength | None, float | None, float, bool]] = [
+        ("c.jsonl:1", "better", 9.0, 0.0, True),
+        ("a.jsonl:1", "significantly better", 1.0, 6.0, True),
+        ("a.jsonl:2", "slightly better", 2.0, 5.0, True),
+        ("b.jsonl:1", "slightly better", None, 3.0, True),
+        ("a.jsonl:3", "significantly better", 4.0, 2.5, False),
+        ("b.jsonl:2", "slightly better", 5.0, 2.0, False),
+        ("b.jsonl:3", None, 6.0, 1.0, False),
+    ]
+    rows = [
+        RankedTokens(
+            [5 + number],
+            ([3 if right else 2, END], [2 if right else 3, END]),
+            Ranking(HI, ("a", "b"), (gap, 0.0), margin, strength, origin=origin),
+        )
+        for number, (origin, strength, margin, gap, right) in enumerate(table)
+    ]
+
+    def score(given: Sequence[Row]) -> torch.Tensor:
+        return torch.tensor([float(answer[0]) for _, answer in given])
+
+    metrics = measure(score, rows, rows, max_response_tokens=9, note=lambda text: None)
+    # All lengths are matched: one part alone is not said.
+    expected = {
+        "source/a.jsonl": (2 / 3, 3),
+        "source/b.jsonl": (1 / 3, 3),
+        "strength/significantly better": (1 / 2, 2),
+        "strength/slightly better": (2 / 3, 3),
+        "margin/low": (1.0, 2),
+        "margin/middle": (1 / 2, 2),
+        "margin/high": (0.0, 2),
+    }
+    counted = {key for key in metrics if key.startswith("accuracy/") and key.endswith("/pairs")}
+    assert counted == {f"accuracy/{part}/pairs" for part in expected}
+    for part, (share, pairs) in expected.items():
+        assert metrics[f"accuracy/{part}"] == pytest.approx(share), part
+        assert metrics[f"accuracy/{part}/pairs"] == pairs, part
 
 
 def test_a_planted_length_bias_is_found_and_named() -> None:
