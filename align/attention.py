@@ -99,6 +99,10 @@ class KeysOnly:
     """The layout of tokens of which a layer needs keys and values, and nothing else."""
 
 
+class LayoutLost(Exception):
+    """A model has this attention, but does not hand on ``layout`` to it."""
+
+
 class KeysTaken(Exception):
     """Ends a layer's pass under ``KeysOnly``; ``args`` are keys and values ``[1, heads, n, d]``."""
 
@@ -135,8 +139,10 @@ def attention(
 
     Raises:
         KeysTaken: the layout asks for keys and values only.
+        LayoutLost: there is no layout.
     """
-    assert layout is not None
+    if layout is None:
+        raise LayoutLost("the pass was given no layout, or the model has not handed it on")
     spans: Spans | None = None
     if isinstance(layout, KeysOnly):
         raise KeysTaken(key, value)
@@ -233,12 +239,26 @@ def _layer(module: nn.Module) -> int:
 
 def set_attention(model: PreTrainedModel) -> str | None:
     """Give a model this attention; return why it cannot have it, or None if it has it now."""
-    reason = why_not_packed(model.config)
-    if reason is None:
-        model.set_attn_implementation(NAME)  # a warning at most, where the model cannot
-        if not is_packed(model):
-            reason = "its attention is not transformers' interface"
-    return reason
+    before, reason = model.config._attn_implementation, why_not_packed(model.config)
+    if reason is not None or is_packed(model):
+        return reason
+    model.set_attn_implementation(NAME)  # a warning at most, where the model cannot
+    if not is_packed(model):
+        return "its attention is not transformers' interface"
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    try:
+        with torch.no_grad():
+            model(input_ids=token, use_cache=False, layout=Layout([1]))
+    except (LayoutLost, TypeError):
+        model.set_attn_implementation(before)
+        return "its attention is not told which tokens belong together"
+    return None
+
+
+def can_be_packed(model: PreTrainedModel) -> bool:
+    """Whether a model can have this attention; it keeps the one that it has."""
+    with packed_attention(model) as possible:
+        return possible
 
 
 def is_packed(model: PreTrainedModel) -> bool:

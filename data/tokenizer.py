@@ -6,7 +6,7 @@ supervised tuning, in the reward model and in PPO.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,23 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         )
     eos = tokenizer.eos_token_id
     return (*found, eos) if eos is not None and eos not in found else tuple(found)
+
+
+def stop_ids(
+    tokenizer: PreTrainedTokenizerBase, named: int | Sequence[int] | None
+) -> tuple[int, ...]:
+    """Return the ids at which a sampled response ends: ``end_ids``, and those that the base names.
+
+    Models like Llama 3 have several; an answer that one of them ends goes on as garbage else.
+
+    Args:
+        named: ``eos_token_id`` of the base's configuration. What is no special token of the
+            tokenizer is left out: an ordinary word must not end an answer.
+    """
+    ends = end_ids(tokenizer)
+    others = [named] if isinstance(named, int) else list(named or ())
+    special = set(special_tokens(tokenizer).values())
+    return (*ends, *(i for i in dict.fromkeys(others) if i in special and i not in ends))
 
 
 _QUESTION = [{"role": "user", "content": "granite"}]

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.adapters import CONFIG, is_adapter, trained_method
-from align.attention import why_not_packed
+from align.attention import can_be_packed
 from align.base_check import check_base, own_logprobs, probe_texts
 from align.errors import InputError, ParentError, TrainingError
 from align.functions import Chat
@@ -166,7 +166,7 @@ def load_foreign_rewards(
         causal_lm,
         {f"reward{i}": model for i, model in enumerate(models)},
         heads={f"reward{i}": load_score_head(model) for i, model in enumerate(models)},
-        engine="hf" if why_not_packed(causal_lm.config) else recipe.ppo.rollout.engine,
+        engine=recipe.ppo.rollout.engine if can_be_packed(causal_lm) else "hf",
     ).to(compute_device())
     check_base(roles, texts, expected)
     positions = getattr(causal_lm.config, "max_position_embeddings", None) or sys.maxsize

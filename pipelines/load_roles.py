@@ -8,7 +8,7 @@ from typing import Any, cast
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.adapters import load_adapter, trained_method
-from align.attention import why_not_packed
+from align.attention import can_be_packed
 from align.base_check import check_base, own_logprobs, probe_texts
 from align.errors import ParentError
 from align.generation import Engine
@@ -28,7 +28,7 @@ from align.recipe_adapter import Method
 from align.roles import Role, Roles
 from data.records import Prompt, Record
 from data.render import Renderer, render_all
-from data.tokenizer import end_ids
+from data.tokenizer import stop_ids
 from pipelines.stage import StageJob
 from reward.calibrate import SCORE_FILE
 from reward.head import ScoreHead, load_score_head
@@ -80,8 +80,9 @@ def load_roles(
     _check_methods(job, folders, methods, bool(trainable))
     location = base_location(job.recipe)
     tokenizer, facts = _load_tokenizer(job, location, max_new_tokens)
-    # Where all weights are trained, nothing is computed with the base as it was.
-    whole = bool(trainable) and methods["reference"] == "full"
+    # Where all weights are trained, nothing is computed with the base as it was; an adapter that
+    # comes from elsewhere was trained on that.
+    whole = bool(trainable) and set(methods.values()) == {"full"}
     base = load_causal_lm(job.recipe, str(folders["reference"]) if whole else location)
     texts = probe_texts(base.config.vocab_size)
     expected = own_logprobs(base, texts)
@@ -98,14 +99,19 @@ def load_roles(
         models=models,
         heads=_heads(folders, base.config.hidden_size, value_on_policy=value_on_policy),
         trainable=trainable,
-        engine=engine or ("hf" if why_not_packed(base.config) else "native"),
+        engine=engine or ("native" if can_be_packed(base) else "hf"),
         recompute=job.recipe.base.gradient_checkpointing,
     ).to(compute_device())
     check_base(roles, texts, expected)
     limits = job.recipe.data
     renderer = Renderer(tokenizer, limits.max_prompt_tokens, limits.max_response_tokens)
     return LoadedRoles(
-        roles, facts, tokenizer, renderer, end_ids(tokenizer), tokenizer.pad_token_id
+        roles,
+        facts,
+        tokenizer,
+        renderer,
+        stop_ids(tokenizer, base.config.eos_token_id),
+        tokenizer.pad_token_id,
     )
 
 

@@ -15,9 +15,10 @@ from transformers import (
     OPTConfig,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
-from align.attention import why_not_packed
+from align.attention import can_be_packed, is_packed, why_not_packed
 from align.base_check import check_base, own_logprobs, probe_texts
 from align.errors import InputError
 from align.roles import Roles
@@ -46,6 +47,7 @@ KINDS = {
     "gpt_neox": GPTNeoXConfig(**SIZES),
     "opt": OPTConfig(**SIZES, **OPT),
     "gpt_neo": GPTNeoConfig(**(SIZES | GPT_NEO)),
+    "stablelm": StableLmConfig(**SIZES),
     "granite": GraniteConfig(**SIZES, logits_scaling=4.0),
     "gemma2": Gemma2Config(**SIZES, final_logit_softcapping=5.0),
     "cohere": CohereConfig(**SIZES, logit_scale=0.25),
@@ -96,6 +98,25 @@ def test_scaled_and_capped_logits_are_refused(kind, engine):
         pytest.skip("refused before")
     with pytest.raises(InputError, match="differ from the model's own"):
         check(base, engine)
+
+
+@pytest.mark.parametrize("kind", ["stablelm", "gpt_neo"])
+def test_a_base_that_cannot_have_our_attention_keeps_its_own(kind):
+    base = make(kind)
+    before = base.config._attn_implementation
+    expected = base(input_ids=torch.tensor([[5, 6, 7]])).logits
+    assert not can_be_packed(base)
+    assert base.config._attn_implementation == before
+    assert base(input_ids=torch.tensor([[5, 6, 7]])).logits.equal(expected)
+    llama = tiny.llama()
+    assert can_be_packed(llama)
+    assert not is_packed(llama)
+
+
+def test_attention_that_takes_our_name_but_no_layout_is_refused():
+    with pytest.raises(InputError, match=r"native .*: its attention is not told .* for it: hf"):
+        check(make("stablelm"), "native")
+    check(make("stablelm"), "hf")
 
 
 def test_opt_whose_layers_lie_deeper_is_known_to_hf():

@@ -10,6 +10,7 @@ from data.records import Demonstration, Message, Text
 from data.tokenizer import (
     end_ids,
     prepare_tokenizer,
+    stop_ids,
     template_sha256,
     tokenizer_sha256,
     train_tokenizer,
@@ -137,6 +138,17 @@ def test_end_ids_are_the_templates_and_the_end_of_text():
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     assert end_ids(tokenizer) == (1, 0)
+
+
+def test_t28_a_response_ends_where_the_template_the_tokenizer_or_the_base_says():
+    tokenizer = prepare_tokenizer(tiny.tokenizer(), TokenizerSection())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eom|>", "<|text|>"]})
+    (eom, text), word = tokenizer.convert_tokens_to_ids(["<|eom|>", "<|text|>"]), 40
+    ends = end_ids(tokenizer)
+    assert ends == (1,)
+    assert stop_ids(tokenizer, None) == stop_ids(tokenizer, 1) == ends
+    assert stop_ids(tokenizer, eom) == (1, eom)
+    assert stop_ids(tokenizer, [text, 1, word, eom, text, 10**6]) == (1, text, eom)
 
 
 def test_train_tokenizer():

@@ -1,5 +1,6 @@
 """The roles as they come from the folders of finished stages."""
 
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 
 from align import lora
 from align.recipe import Recipe, TokenizerSection
+from align.recipe_adapter import Adapter
 from align.sequences import join
 from data.load import LoadedData
 from data.tokenizer import prepare_tokenizer
@@ -20,6 +22,7 @@ from pipelines.load_roles import load_roles
 from pipelines.stage import Console, StageJob
 from tests import tiny
 from tests.adapters import sft_adapter
+from tests.finished import plain, reward_stage
 
 SOURCE = {"train": [{"world": "prompts"}]}
 
@@ -101,6 +104,42 @@ def test_where_memory_comes_first_evaluation_copies_no_weights(
     settings = {"temperature": 1.0, "max_new_tokens": 4, "pad_id": 0, "seed": 0}
     roles.generate("reference", [[5, 6]], end_ids=[1], **settings)
     assert bool(copied) != checkpointing
+
+
+def test_a_reward_adapter_from_elsewhere_stays_on_the_base_that_it_was_trained_on(
+    job: StageJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also where SFT has trained all weights, whose model is a base for nothing else."""
+    monkeypatch.setattr(StageJob, "check_origin", lambda *_: None)
+    base = job.recipe.base.model_copy(update={"dtype": "float32"})
+    changes = {"base": base, "adapter": Adapter(method="full")}
+    job = replace(job, recipe=job.recipe.model_copy(update=changes))
+    job.parents["sft"] = None  # type: ignore[assignment]
+    tokenizer = prepare_tokenizer(tiny.tokenizer(), TokenizerSection())
+    sft, other = job.parent_folder("sft") / "model", tmp_path / "runs/other/reward"
+    shutil.rmtree(sft)
+    tiny.llama(seed=5).save_pretrained(sft)  # far from the base
+    tokenizer.save_pretrained(sft)
+    reward_stage(other, tmp_path / "base", tiny.llama(), tokenizer, seed=2)
+    folders = {"policy": sft, "reference": sft, "value": sft, "reward1": other / "model"}
+    trainable = ("policy", "value")
+    loaded = load_roles(job, folders, max_new_tokens=8, own_models=trainable, trainable=trainable)
+    batch = join([[5, 6, 7]], [[8, 9]])
+    with torch.no_grad():
+        (score,) = loaded.roles.scores(batch, "reward1").tolist()
+        same = loaded.roles.logprobs("policy", batch) - loaded.roles.logprobs("reference", batch)
+    assert score == pytest.approx(plain(other, tmp_path / "base", [5, 6, 7, 8, 9]), abs=1e-5)
+    assert abs(score - plain(other, sft, [5, 6, 7, 8, 9])) > 0.05
+    assert float(same.abs().max()) < 1e-6
+
+
+def test_a_response_ends_at_every_id_that_the_base_names(
+    job: StageJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base = tiny.llama()
+    base.config.eos_token_id = [1, 0, 40]  # a special token more, and an ordinary one
+    base.save_pretrained(tmp_path / "base")
+    assert load(job, monkeypatch).end_ids == (1, 0)
 
 
 def test_the_tokenizers_of_all_stages_trust_what_the_base_is_trusted_with(

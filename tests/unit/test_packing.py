@@ -89,8 +89,8 @@ def test_scores_and_gradients_are_those_of_every_row_alone(
 def test_a_prompt_is_computed_once(model: RewardModel) -> None:
     seen: list[int] = []
     embeddings = model.backbone.get_input_embeddings()
-    embeddings.register_forward_hook(lambda module, given, output: seen.append(output.numel()))
     with packed_attention(model.backbone):
+        embeddings.register_forward_hook(lambda module, given, output: seen.append(output.numel()))
         model(*padded("right"), REPEATED)
         model(*padded("right"))
     assert seen == [COMPUTED * 32, sum(map(len, ROWS)) * 32]
