@@ -10,6 +10,7 @@ trained, a model of its own; reward models and the critic add a head:
     base        no adapter at all
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -119,7 +120,9 @@ class Roles(nn.Module):
         if role in self.models:
             own = list(self.models[role].parameters())
         else:
-            own = [p for name, p in self.base.named_parameters() if f".{role}." in name]
+            # PEFT's names; a layer of the base itself may be called like a role.
+            adapter = re.compile(rf"\.lora_\w+\.{role}(\.|$)")
+            own = [p for name, p in self.base.named_parameters() if adapter.search(name)]
         if role in self.heads:
             own += self.heads[role].parameters()
         return own

@@ -384,3 +384,17 @@ def test_bf16_base_keeps_adapters_and_scores_in_float32(make_base, folders, batc
     assert {p.dtype for p in roles.role_parameters("policy")} == {torch.float32}
     assert roles.logprobs("policy", batch).dtype == torch.float32
     assert roles.scores(batch).dtype == torch.float32
+
+
+def test_a_layer_that_is_called_like_a_role_is_none_of_its_parameters(tmp_path):
+    def make():  # projections of BERT are called ``value``
+        base = tiny.llama()
+        for layer in base.model.layers:
+            layer.self_attn.value = layer.self_attn._modules.pop("v_proj")
+        return base
+
+    ours = dict.fromkeys(("policy", "reference"), adapters.sft_adapter(make(), tmp_path / "sft"))
+    heads = {"value": ScoreHead(32)}  # a critic on the policy's states has no more
+    roles = Roles(make(), ours, heads=heads, trainable=("policy", "value"), engine="hf")
+    trained = {name for name, p in roles.named_parameters() if p.requires_grad}
+    assert all(".policy." in name or name.startswith("heads.value.") for name in trained)
