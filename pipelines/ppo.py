@@ -29,6 +29,7 @@ from align.zero import deepspeed_settings
 from align.zero_layers import ZeroLayers
 from data.order import draw
 from data.records import Prompt
+from pipelines.frozen import Frozen
 from pipelines.load_roles import LoadedRoles, load_roles, usable_prompts
 from pipelines.memory_check import check_memory
 from pipelines.policy_copies import KeptPolicy
@@ -72,17 +73,16 @@ def run(job: StageJob) -> StageResult | None:
     kept = KeptPolicy(section, roles, Probe(job, loaded, score), scaler)
     kl_coef = section.kl.coef or section.kl.loss_coef
     state = PpoState(engine, updater, scaler, stopping, kept, kl_coef)
-    frozen = _checksum(roles)
+    frozen = Frozen(roles)
     _try_longest(recipe, loaded, engine, updater, longest)
     _begin(job, state)
     with job.signals.held():
-        _train(job, loaded, prompts, score, state, tolerance)
+        _train(job, loaded, prompts, score, state, tolerance, frozen)
     group.leave()
     if not group.is_first():
         return None
 
     metrics = kept.settle(state.metrics) | {"steps": float(state.step)}
-    _check_frozen(roles, frozen)
     return StageResult(metrics, _save(job, loaded), loaded.tokenizer, loaded.facts)
 
 
@@ -107,6 +107,7 @@ def _train(
     score: RewardScorer,
     state: PpoState,
     tolerance: float,
+    frozen: Frozen,
 ) -> None:
     """Sample, score, estimate and update, from the step after the state's to the last."""
     recipe, section, roles = job.recipe, job.recipe.ppo, loaded.roles
@@ -141,6 +142,8 @@ def _train(
         reason = state.stopping.reason(step, metrics)
         if reason is not None and not looked:
             metrics = _look(state, step, metrics)
+        if looked or reason is not None:
+            frozen.check(step)
         job.log.log(step, metrics)
         state.step, state.metrics = step, metrics
         if reason is not None:
@@ -243,18 +246,6 @@ def _next_kl_coef(coef: float, kl: float, section: Ppo) -> float:
         horizon=section.kl.horizon,
         num_responses=section.batch_size,
     )
-
-
-def _checksum(roles: Roles) -> list[float]:
-    """Return a number per tensor of the frozen roles, to see later whether any has changed."""
-    names = ["reference", *(name for name in roles.heads if name != "value")]
-    with torch.no_grad():
-        return [float(p.double().sum()) for name in names for p in roles.role_parameters(name)]
-
-
-def _check_frozen(roles: Roles, before: list[float]) -> None:
-    if _checksum(roles) != before:
-        raise TrainingError("PPO has changed the reference or a reward model: please report it")
 
 
 def _reference_tolerance(roles: Roles, tolerance: float) -> float:
