@@ -274,6 +274,28 @@ def check_lengths(
         )
 
 
+def check_room(
+    recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a base without room for what SFT reads, or for what later stages will sample.
+
+    Those would refuse it as well, but after hours of SFT.
+
+    Raises:
+        InputError: see ``check_lengths``.
+    """
+    prompt, limits = "data.max_prompt_tokens", recipe.data
+    keys, longest = f"{prompt} + data.max_response_tokens", limits.max_response_tokens
+    if recipe.adapter.method == "prefix":  # stands on the first positions
+        keys, longest = f"{keys} + adapter.prefix_tokens", longest + recipe.adapter.prefix_tokens
+    needed = {keys: longest}
+    for later, section in (("ppo", recipe.ppo), ("evaluate", recipe.evaluate)):
+        if section is not None:
+            needed[f"{prompt} + {later}.max_new_tokens"] = section.max_new_tokens
+    for keys, tokens in needed.items():
+        check_lengths(config, tokenizer, limits.max_prompt_tokens + tokens, keys)
+
+
 def compute_device() -> torch.device:
     """Return where models are computed: the first GPU, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -30,7 +30,7 @@ from align.generation import generate
 from align.models import (
     base_config,
     base_location,
-    check_lengths,
+    check_room,
     first_line,
     load_causal_lm,
     load_trained,
@@ -75,10 +75,7 @@ def run(job: StageJob) -> StageResult | None:
             "data.sft.heldout: no row is left once tokenised; sft.heldout_every needs some"
         )
 
-    keys, longest = "data.max_prompt_tokens + data.max_response_tokens", sum(limits)
-    if recipe.adapter.method == "prefix":  # stands on the first positions
-        keys, longest = f"{keys} + adapter.prefix_tokens", longest + recipe.adapter.prefix_tokens
-    check_lengths(base_config(recipe, location), tokenizer, longest, keys)
+    check_room(recipe, base_config(recipe, location), tokenizer)
     base_model = load_causal_lm(recipe, location)
     base_parameters = base_model.num_parameters()
     model = add_adapter(base_model, recipe)

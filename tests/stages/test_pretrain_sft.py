@@ -537,6 +537,12 @@ class TestRefusals:
         assert run("sft", copy / "recipe.yaml", "data.max_prompt_tokens=500") == 2
         assert "548 exceeds the base's 128 positions" in capsys.readouterr().err
 
+    def test_responses_of_later_stages_longer_than_the_model(self, copy, capsys):
+        words = ["evaluate.max_new_tokens=120", "evaluate.prompts=2", "data.max_prompt_tokens=20"]
+        assert run("sft", copy / "recipe.yaml", *words) == 2
+        shown = capsys.readouterr().err
+        assert "data.max_prompt_tokens + evaluate.max_new_tokens = 140 exceeds" in shown
+
     def test_loss_that_is_not_finite(self, copy, capsys):
         assert run("pretrain", copy / "recipe.yaml", "pretrain.lr=1e30") == 1
         shown = capsys.readouterr().err
