@@ -12,6 +12,7 @@ from align.manifest import DataFacts
 from align.recipe import Recipe, Source, StageData, StageName
 from align.recipe_reward import Classes
 from data.conversations import Dropped, Fault
+from data.lost import LISTED, row_numbers
 from data.records import (
     Demonstration,
     Labelled,
@@ -28,8 +29,6 @@ from data.sources import read_source
 from data.world import world_records
 
 INVALID = "invalid"  # what malformed rows are counted under where data.bad_rows is drop
-_LISTED = 20
-_ROWS_LISTED = 5  # of those dropped for one reason
 
 # What the stages that read a section need; `classes` is the section of a reward stage that makes a
 # classifier.
@@ -165,10 +164,10 @@ def _load_sections(
                     continue
                 if found.faults:
                     say(_listed(found.faults))
-                if found.judged_twice:
+                if twice := found.judged_twice:
                     say(
-                        f"{place} ({name}): {len(found.judged_twice)} rankings hold a text twice"
-                        f" with different scores, whose mean counts ({_rows(found.judged_twice)})"
+                        f"{place} ({name}): {len(twice)} rankings hold a text twice with different"
+                        f" scores, whose mean counts ({row_numbers(twice)})"
                     )
                 _check_dropped(recipe, place, name, found, say)
         train, heldout = tuple(parts["train"]), tuple(parts["heldout"])
@@ -299,7 +298,8 @@ def _check_dropped(
     if not total:
         return
     reasons = ", ".join(
-        f"{reason} {n}" + (f" ({_rows(found.dropped[reason])})" if reason in found.dropped else "")
+        f"{reason} {n}"
+        + (f" ({row_numbers(found.dropped[reason])})" if reason in found.dropped else "")
         for reason, n in sorted(found.counts.items())
     )
     counts = f"{place} ({name}): {total} of {found.rows} rows dropped: {reasons}"
@@ -314,15 +314,10 @@ def _check_dropped(
     say(counts)
 
 
-def _rows(numbers: list[str]) -> str:
-    more = ", ..." if len(numbers) > _ROWS_LISTED else ""
-    return f"row{'s'[: len(numbers) > 1]} {', '.join(numbers[:_ROWS_LISTED])}{more}"
-
-
 def _listed(faults: list[str]) -> str:
-    lines = [f"{len(faults)} malformed rows:", *(f"  {fault}" for fault in faults[:_LISTED])]
-    if len(faults) > _LISTED:
-        lines.append(f"  ... and {len(faults) - _LISTED} more")
+    lines = [f"{len(faults)} malformed rows:", *(f"  {fault}" for fault in faults[:LISTED])]
+    if len(faults) > LISTED:
+        lines.append(f"  ... and {len(faults) - LISTED} more")
     return "\n".join(lines)
 
 

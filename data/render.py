@@ -6,7 +6,6 @@ from searching for markers. Text from data never becomes a control token, whatev
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,10 +15,11 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from align.errors import InputError
+from data.lost import LostRows
 from data.records import Labelled, Message, Prompt, Record, Text, as_demonstration
 from data.tokenizer import check_template, end_ids, render_text, special_tokens
 
-Row = TypeVar("Row")
+Row = TypeVar("Row", bound=Record)
 Rendered = TypeVar("Rendered")
 
 IGNORED = -100  # torch's cross entropy leaves such labels out
@@ -272,13 +272,13 @@ class Renderer:
 
 def render_all(
     rows: Iterable[Row], render: Callable[[Row], Rendered]
-) -> tuple[list[Rendered], Counter[str]]:
-    """Render rows one by one; returns those that could be, and counts the others by reason."""
+) -> tuple[list[Rendered], LostRows]:
+    """Render rows one by one; returns those that could be, and the others by reason."""
     kept: list[Rendered] = []
-    dropped: Counter[str] = Counter()
+    dropped = LostRows()
     for row in rows:
         try:
             kept.append(render(row))
         except Unusable as error:
-            dropped[error.reason] += 1
+            dropped.add(error.reason, row.origin)
     return kept, dropped

@@ -3,8 +3,7 @@
 Both objectives of pretraining share this.
 """
 
-from collections import Counter
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from itertools import chain
 
 import torch
@@ -14,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArgumen
 from align.errors import InputError
 from align.recipe import Recipe
 from align.recipe_pretrain import Pretrain
+from data.lost import LostRows
 from data.records import Record
 from data.render import Renderer, render_all
 from pipelines.stage import StageJob
@@ -24,15 +24,24 @@ _NO_LIMIT = 2**31
 
 def documents(
     records: Sequence[Record], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], Counter[str]]:
-    """Return each record's ids, the end token last, and why records were dropped.
+) -> tuple[list[list[int]], LostRows]:
+    """Return each record's ids, see ``document_writer``, and the records that were dropped."""
+    return render_all(records, document_writer(tokenizer))
+
+
+def document_writer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Record], list[int]]:
+    """Return what gives a record's ids, the end token last, or raises Unusable.
 
     Text never becomes a special token, whatever it holds.
     """
     renderer = Renderer(tokenizer, _NO_LIMIT, _NO_LIMIT)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else renderer.end_ids[0]
-    kept, dropped = render_all(records, renderer.document)
-    return [row if row[-1:] == [end] else [*row, end] for row in kept], dropped
+
+    def write(record: Record) -> list[int]:
+        row = renderer.document(record)
+        return row if row[-1:] == [end] else [*row, end]
+
+    return write
 
 
 def pack(rows: Sequence[list[int]], length: int) -> Tensor:

@@ -63,16 +63,15 @@ class ForeignRewards:
         """Refuse prompts that the reward models cannot be shown, before training meets one.
 
         Raises:
-            InputError: with the counts by reason.
+            InputError: names them by reason.
         """
         if self.reads_text:
             return
         _, lost = render_all(prompts, lambda prompt: self.renderer.prompt(prompt.messages))
         if lost:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(lost.items()))
             raise InputError(
                 f"{self.folders[0]}: {lost.total()} of {len(prompts)} prompts cannot be written by"
-                f" its template and tokenizer ({reasons}); remove them from data.prompts"
+                f" its template and tokenizer: {lost.named()}; remove them from data.prompts"
             )
 
     def _render(self, prompt: Chat, response: str) -> tuple[list[int], list[int]]:

@@ -36,7 +36,7 @@ from align.quantization import dequantize
 from align.recipe import Recipe
 from align.roles import Role, Roles
 from align.sequences import Sequences, join, micro_batches
-from data.records import Message
+from data.records import Labelled, Message
 from data.render import Renderer, render_all
 from pipelines.load_roles import LoadedRoles, load_roles
 from pipelines.stage import StageJob
@@ -138,13 +138,13 @@ def _sequences(recipe: Recipe, loaded: LoadedRoles, texts: Sequence[Conversation
     positions = getattr(config, "max_position_embeddings", None) or 2 * limit
     renderer = Renderer(loaded.tokenizer, limit, positions - limit)
 
-    def render(text: Conversation) -> tuple[list[int], list[int]]:
-        turns = [Message(turn["role"], turn["content"]) for turn in text[0]]
-        return renderer.prompt(turns), renderer.response(turns, text[1])
+    def labelled(text: Conversation) -> Labelled:
+        turns = tuple(Message(turn["role"], turn["content"]) for turn in text[0])
+        return Labelled((text[1],), "", turns)
 
-    rows, lost = render_all(texts, render)
+    rows, lost = render_all(map(labelled, texts), renderer.labelled)
     if not rows:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(lost.items()))
+        reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(lost.counts().items()))
         raise InputError(f"none of {len(texts)} sampled texts can be rendered ({reasons})")
     return join(*zip(*rows, strict=True)).to(loaded.roles.device)
 

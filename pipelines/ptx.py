@@ -1,6 +1,5 @@
 """Language modelling beside PPO, so that the policy keeps what it could (PPO-ptx)."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
@@ -11,9 +10,10 @@ from align.models import check_lengths
 from align.recipe_ppo import Ppo
 from align.roles import Roles
 from align.seeds import derive_seed
+from data.lost import LostRows
 from data.order import draw
 from data.records import Demonstration, Ranking, Record, as_demonstration
-from data.render import IGNORED, Tokens, render_all
+from data.render import IGNORED, Tokens, Unusable, render_all
 from pipelines.heldout import learned_logprobs
 from pipelines.load_roles import LoadedRoles
 from pipelines.rollout import passes
@@ -84,7 +84,7 @@ class Ptx:
 
 def _demonstrations(
     records: tuple[Record, ...], loaded: LoadedRoles
-) -> tuple[list[Tokens], Counter[str]]:
+) -> tuple[list[Tokens], LostRows]:
     def tokens(record: Record) -> Tokens:
         assert isinstance(record, Demonstration | Ranking)
         return loaded.renderer.demonstration(as_demonstration(record).messages)
@@ -94,16 +94,19 @@ def _demonstrations(
 
 def _texts(
     records: tuple[Record, ...], loaded: LoadedRoles, longest: int
-) -> tuple[list[Tokens], Counter[str]]:
+) -> tuple[list[Tokens], LostRows]:
     # Here, because it brings the trainer of transformers with it: seconds, and 80 MB.
-    from pipelines.blocks import documents
+    from pipelines.blocks import document_writer
 
     tokenizer = loaded.tokenizer
-    ids, dropped = documents(records, tokenizer)
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("")["input_ids"][:1] == [bos]:
-        ids = [row if row[0] == bos else [bos, *row] for row in ids]
-    rows = [row[:longest] for row in ids]
-    kept = [Tokens(row, row) for row in rows if len(row) > 1]
-    dropped["nothing_to_learn"] += len(rows) - len(kept)
-    return kept, +dropped
+    write, bos = document_writer(tokenizer), tokenizer.bos_token_id
+    start = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+
+    def tokens(record: Record) -> Tokens:
+        row = write(record)
+        row = (row if row[:1] == start else start + row)[:longest]
+        if len(row) < 2:  # the first token is never predicted
+            raise Unusable("nothing_to_learn")
+        return Tokens(row, row)
+
+    return render_all(records, tokens)

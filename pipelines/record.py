@@ -105,7 +105,7 @@ def _data_facts(job: "StageJob") -> tuple[DataFacts, ...]:
                     rows=kept + dropped.total(),
                     sha256="",
                     kept=kept,
-                    dropped=dict(dropped),
+                    dropped=dropped.counts(),
                 )
             )
     return tuple(facts)

@@ -5,7 +5,6 @@ nor truncates anything here.
 """
 
 import gc
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -40,6 +39,7 @@ from align.models import (
 from align.recipe import Recipe, Sft
 from align.seeds import derive_seed
 from data.collate import collate_demonstrations
+from data.lost import LostRows
 from data.records import Demonstration, Labelled, Ranking, Record, Text, as_demonstration, as_prompt
 from data.render import IGNORED, Renderer, Tokens, render_all
 from data.tokenizer import prepare_tokenizer
@@ -330,8 +330,8 @@ def check_reload(
         )
 
 
-def _rows(job: StageJob, renderer: Renderer) -> tuple[list[Tokens], list[Tokens], Counter[str]]:
-    """Return the tokenised training and held-out rows, and why others were dropped."""
+def _rows(job: StageJob, renderer: Renderer) -> tuple[list[Tokens], list[Tokens], LostRows]:
+    """Return the tokenised training and held-out rows, and those that were dropped."""
 
     def tokens(record: Record) -> Tokens:
         assert isinstance(record, Demonstration | Ranking)
@@ -348,10 +348,8 @@ def _sample(job: StageJob, model: Trained, renderer: Renderer, step: int) -> dic
     section, data = job.recipe.sft, job.data["sft"]
     assert section is not None
     records = (data.heldout or data.train)[: section.samples]
-    prompts = [
-        as_prompt(record).messages for record in records if not isinstance(record, Text | Labelled)
-    ]
-    rendered, _ = render_all(prompts, lambda messages: (messages, renderer.prompt(messages)))
+    prompts = [as_prompt(record) for record in records if not isinstance(record, Text | Labelled)]
+    rendered, _ = render_all(prompts, lambda row: (row.messages, renderer.prompt(row.messages)))
     if not rendered:
         return {}
     generated = generate(

@@ -34,6 +34,7 @@ from align.recipe import Recipe, StageName
 from align.recipe_io import dump_recipe, load_recipe
 from align.tracking import RunTracker, start_tracker
 from data.load import LoadedData, load_records
+from data.lost import LostRows
 from pipelines.checkpointing import Checkpoints, find_for_all
 from pipelines.last_words import tell
 from pipelines.process import (
@@ -98,8 +99,8 @@ class StageJob:
     force: bool = False  # start from nothing, whatever checkpoints there are
     signals: Signals = field(default_factory=Signals)
     tracker: RunTracker | None = None
-    # Per data section: how many rows could be tokenised, and why others were dropped.
-    tokenised: dict[str, tuple[int, Counter[str]]] = field(default_factory=dict)
+    # Per data section: how many rows could be tokenised, and which others were dropped, and why.
+    tokenised: dict[str, tuple[int, LostRows]] = field(default_factory=dict)
     _log: MetricsLog | None = None
     _checkpoints: Checkpoints | None = None
 
@@ -201,7 +202,7 @@ class StageJob:
                         f" {name} stage or give the recipe the same {what}"
                     )
 
-    def check_dropped(self, section: str, kept: int, dropped: Counter[str]) -> None:
+    def check_dropped(self, section: str, kept: int, dropped: LostRows) -> None:
         """Take note of rows that were tokenised, and refuse to go on when too many were lost.
 
         What is noted of one section adds up: the limit holds for all of it together.
@@ -209,26 +210,26 @@ class StageJob:
         Args:
             section: of ``data``; its rows that the stage has no use for do not count.
             kept: how many rows could be tokenised.
-            dropped: why others could not be, counted.
+            dropped: those that could not be.
 
         Raises:
             DataError: none of these rows is left, or more than ``data.max_dropped`` of the
-                section's were dropped; with the counts by reason.
+                section's were dropped; names them by reason.
         """
         if dropped and not kept:
             raise DataError(
-                f"data.{section}: all {dropped.total()} rows are unusable as tokens"
-                f" ({_reasons(dropped)}); fix them, or raise the limit that they exceed"
+                f"data.{section}: all {dropped.total()} rows are unusable as tokens:"
+                f" {dropped.named()}; fix them, or raise the limit that they exceed"
             )
-        kept_before, dropped_before = self.tokenised.get(section, (0, Counter()))
+        kept_before, dropped_before = self.tokenised.get(section, (0, LostRows()))
         kept, dropped = kept + kept_before, dropped + dropped_before
         self.tokenised[section] = kept, dropped
         rows = kept + dropped.total()
         limit = self.recipe.data.max_dropped
         if dropped.total() > limit * rows:
             raise DataError(
-                f"data.{section}: {dropped.total()} of {rows} rows are unusable as tokens"
-                f" ({_reasons(dropped)}); data.max_dropped={limit} allows"
+                f"data.{section}: {dropped.total()} of {rows} rows are unusable as tokens:"
+                f" {dropped.named()}; data.max_dropped={limit} allows"
                 f" {int(limit * rows)}; fix the rows, or raise the limit that they exceed"
             )
 
@@ -338,7 +339,7 @@ def _run(job: StageJob) -> None:
     show(job.console, f"{job.stage}  done  {_final(result.metrics)}")
     for name, (_, dropped) in job.tokenised.items():
         if dropped:
-            show(job.console, f"{job.stage}  {name}  dropped as tokens: {_reasons(dropped)}")
+            show(job.console, f"{job.stage}  {name}  dropped as tokens: {dropped.named()}")
     write_record(job, result, started)
     remove_checkpoints(job.directory)
 
@@ -363,12 +364,8 @@ def _summary(stage: str, name: str, loaded: LoadedData) -> str:
         dropped.update(fact.dropped)
     text = f"{stage}  data.{name}  rows {rows}  kept {kept}  dropped {dropped.total()}"
     if dropped:
-        text += f" ({_reasons(dropped)})"
+        text += f" ({', '.join(f'{reason} {n}' for reason, n in sorted(dropped.items()))})"
     return f"{text}  train {len(loaded.train)}  heldout {len(loaded.heldout)}"
-
-
-def _reasons(dropped: Counter[str]) -> str:
-    return ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items()))
 
 
 def _final(metrics: dict[str, float]) -> str:

@@ -86,8 +86,12 @@ def test_ppo_finishes_without_held_out_prompts(home: Path) -> None:
     assert verify_run(Path("runs/x"))[0]["ppo"].state == "ok"
 
 
-def test_ppo_does_not_probe_with_prompts_that_cannot_be_tokenised(home: Path) -> None:
+def test_ppo_does_not_probe_with_prompts_that_cannot_be_tokenised(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("ppo", max_dropped=0.06) == 0
+    said = "ppo  prompts  dropped as tokens: private_use_characters 1 (heldout.jsonl row 2)"
+    assert said in capsys.readouterr().err.splitlines()
     samples = Path("runs/x/ppo/samples.jsonl").read_text().splitlines()
     probed = {json.loads(row)["prompt"][0]["content"] for row in samples}
     assert probed == {"one", "two", "three"}
@@ -100,8 +104,18 @@ def test_ppo_does_not_probe_with_prompts_that_cannot_be_tokenised(home: Path) ->
 @pytest.mark.parametrize(
     ("heldout", "max_dropped", "message"),
     [
-        (ONE_IN_FOUR, 0.04, "data.prompts: 1 of 20 rows are unusable as tokens"),
-        ("[{path: unusable.jsonl}]", 1.0, "data.prompts: all 2 rows are unusable as tokens"),
+        (
+            ONE_IN_FOUR,
+            0.04,
+            "data.prompts: 1 of 20 rows are unusable as tokens: private_use_characters 1"
+            " (heldout.jsonl row 2); data.max_dropped=0.04 allows 0; fix the rows",
+        ),
+        (
+            "[{path: unusable.jsonl}]",
+            1.0,
+            "data.prompts: all 2 rows are unusable as tokens: private_use_characters 2"
+            " (unusable.jsonl rows 1, 2); fix them",
+        ),
     ],
 )
 def test_too_many_of_them_are_refused_before_the_old_result_goes(

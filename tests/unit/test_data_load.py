@@ -139,6 +139,17 @@ def test_too_many_dropped_rows_are_refused(tmp_path):
     assert len(load(tmp_path, "reward", reward=section, max_dropped=0.2)["reward"].train) == 8
 
 
+def test_twenty_dropped_rows_are_named_and_the_others_counted(tmp_path, capsys):
+    rows = [PAIR | {"prompt": str(number)} for number in range(9)]
+    for count, end in ((20, "19, 20)"), (23, "19, 20 and 3 more)")):
+        source = write(tmp_path, "a.jsonl", *[PAIR | {"chosen": "b"}] * count, *rows)
+        load(tmp_path, "reward", reward={"train": [source]}, max_dropped=0.8)
+        (said,) = capsys.readouterr().err.splitlines()
+        start = f"identical_responses {count} (rows 1, 2, 3, 4, 5, 6, "
+        assert start in said
+        assert said.endswith(end)
+
+
 def test_a_source_without_a_usable_row_is_refused(tmp_path):
     source = write(tmp_path, "a.jsonl", PAIR | {"chosen": "b"})
     with pytest.raises(DataError, match="none is left"):

@@ -163,5 +163,5 @@ def test_a_text_with_two_ranks_counts_with_their_mean_and_its_row_is_named(tmp_p
     assert loaded.train[2] == Ranking(HI, ("a", "b"), (2.5, 3.0))
     assert capsys.readouterr().err.splitlines()[0] == (
         "data.reward.train[0] (a.jsonl): 6 rankings hold a text twice with different scores, whose"
-        " mean counts (rows 3, 4, 5, 6, 7, ...)"
+        " mean counts (rows 3, 4, 5, 6, 7, 8)"
     )

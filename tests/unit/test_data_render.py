@@ -249,12 +249,17 @@ def test_a_conversation_that_the_template_refuses_is_unusable():
         renderer.prompt([Message("system", "be kind"), *talk("hi")])
 
 
-def test_render_all_counts_reasons():
+def test_render_all_counts_reasons_and_names_the_rows():
     renderer = Renderer(default_words(), 100, 3)
-    rows = [talk("hi", "ok"), talk("hi", "ok be ok"), talk("hi"), talk("hi", "be be be be")]
-    kept, dropped = render_all(rows, renderer.demonstration)
+    talks = [talk("hi", "ok"), talk("hi", "ok be ok"), talk("hi"), talk("hi", "be be be be")]
+    rows = [Demonstration(tuple(t), f"a.jsonl:{n}") for n, t in enumerate(talks, 1)]
+    kept, dropped = render_all(rows, lambda row: renderer.demonstration(row.messages))
     assert [tokens.labels for tokens in kept] == [[N, N, N, 9, 1]]
-    assert dropped == {"response_too_long": 2, "nothing_to_learn": 1}
+    assert dropped.counts() == {"response_too_long": 2, "nothing_to_learn": 1}
+    assert dropped.origins == {
+        "response_too_long": ["a.jsonl:2", "a.jsonl:4"],
+        "nothing_to_learn": ["a.jsonl:3"],
+    }
 
 
 def test_an_empty_earlier_answer_is_not_learned():

@@ -4,6 +4,7 @@ The expected text is written out by hand, tokenised by the plain tokenizer and s
 sequence classifier at its last token.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -157,9 +158,11 @@ def test_a_response_longer_than_the_foreign_model_reads_is_judged_by_its_beginni
 def test_what_the_foreign_template_refuses_is_refused_before_training(world: World) -> None:
     job, loaded = start(world, [{"model": "runs/far/reward"}])
     assert job.recipe.ppo is not None
-    system = Prompt((Message("system", "Be brief."), Message("user", "Tom?")))
-    job.data["prompts"] = LoadedData((*PROMPTS, system), (system,), ())
-    with pytest.raises(InputError, match=r"2 of 5 prompts cannot be .* \(template_refuses 2\)"):
+    system = Prompt((Message("system", "Be brief."), Message("user", "Tom?")), "a:4")
+    heldout = (replace(system, origin="b:1"),)
+    job.data["prompts"] = LoadedData((*PROMPTS, system), heldout, ())
+    named = r"2 of 5 prompts cannot be .*: template_refuses 2 \(a row 4; b row 1\); remove"
+    with pytest.raises(InputError, match=named):
         ppo_scorer(job, job.recipe.ppo, loaded)
 
 

@@ -1,5 +1,6 @@
 """PPO-ptx: the policy's loss on demonstrations and plain text, beside transformers' own."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -167,11 +168,11 @@ def test_text_gets_the_token_that_the_tokenizer_begins_with(world):
 
 
 def test_rows_that_cannot_be_learned_from_are_counted_and_too_many_refused(world):
-    too_long = demonstration("hello", "kite " * 40)
-    with pytest.raises(DataError, match=r"data\.sft: 1 of 5 rows .*response_too_long 1"):
+    too_long = replace(demonstration("hello", "kite " * 40), origin="a:5")
+    with pytest.raises(DataError, match=r"data\.sft: 1 of 5 rows .*too_long 1 \(a row 5\)"):
         ptx(world, (*DEMONSTRATIONS, too_long))
-    with pytest.raises(DataError, match=r"data\.pretrain: 1 of 4 rows .*nothing_to_learn 1"):
-        ptx(world, (*TEXTS, Text("")), "pretrain")
+    with pytest.raises(DataError, match=r"data\.pretrain: 1 of 4 rows .*to_learn 1 \(a row 4\)"):
+        ptx(world, (*TEXTS, Text("", "a:4")), "pretrain")
     ptx(world, (*DEMONSTRATIONS, too_long), max_dropped=0.5)
 
 
