@@ -135,7 +135,8 @@ def _train(
         if step == 1:
             for warning in scale_warnings(metrics):
                 job.log.note(f"ppo  warning: {warning}")
-        state.kl_coef = _next_kl_coef(state.kl_coef, metrics["kl/mean"], section)
+        if trains_policy:  # else its KL is 0, and says nothing about the coefficient
+            state.kl_coef = _next_kl_coef(state.kl_coef, metrics["kl/mean"], section)
         looked = step % section.probe_every == 0 or step == section.steps
         if looked:
             metrics = _look(state, step, metrics)

@@ -163,8 +163,8 @@ def test_the_kl_coefficient_follows_the_kl(run: Watched) -> None:
     kls = [step["kl/mean"] for step in run.steps]
     assert kls[:2] == [0.0, 0.0]
     assert kls[2] > 0.02  # more than a fifth above the target
-    # Too low, too low, too high: by a fifth of 4 responses of 20 each time.
-    expected = [0.3, 0.3 * 0.96, 0.3 * 0.96 * 0.96, 0.3 * 0.96 * 0.96 * 1.04]
+    # After the warm-up too low, then too high: by a fifth of 4 responses of 20 each time.
+    expected = [0.3, 0.3, 0.3 * 0.96, 0.3 * 0.96 * 1.04]
     assert [step["kl/coef"] for step in run.steps] == pytest.approx(expected)
 
 
@@ -219,6 +219,24 @@ def test_a_run_whose_policy_is_not_the_reference_ends_before_the_first_update(
     with pytest.raises(TrainingError, match=r"step 0: .* policy and reference differ"):
         ppo.run(job_of(home, tmp_path, **SHORT))
     assert not updated
+
+
+@pytest.mark.parametrize("part", [".lora_B.reference.", "down_proj.base_layer.weight"])
+def test_an_update_that_changes_what_is_frozen_ends_the_run(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    update = Updater.update
+
+    def careless(updater: Updater, *given: Any, **more: Any) -> Any:
+        metrics = update(updater, *given, **more)
+        for name, parameter in updater._roles.named_parameters():
+            if part in name:
+                parameter.data.add_(0.01)
+        return metrics
+
+    monkeypatch.setattr(Updater, "update", careless)
+    with pytest.raises(TrainingError, match=r"step 1: the base, .* is not what it was: .*tensors"):
+        ppo.run(job_of(home, tmp_path, **SHORT))
 
 
 def test_the_look_before_the_first_step_counts_for_stopping(
