@@ -1,12 +1,13 @@
 """A copy of what is trained, as it was when it did best on held-out data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from align.errors import InputError
 from align.metrics import MetricsLog
 from align.recipe_types import Watched
 from align.state import State
@@ -44,6 +45,18 @@ class BestCopy:
             return
         for parameter, kept in zip(self._parameters, self._kept, strict=True):
             parameter.copy_(kept)
+
+
+def check_heldout(stage: str, section: Watched, rows: Sized) -> None:
+    """Refuse looks at held-out rows that were all lost as tokens.
+
+    Raises:
+        InputError: there are none.
+    """
+    if section.heldout_every is not None and len(rows) == 0:
+        raise InputError(
+            f"data.{stage}.heldout: no row is left once tokenised; {stage}.heldout_every needs some"
+        )
 
 
 class HeldoutLooks(TrainerCallback):

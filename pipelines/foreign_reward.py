@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from reward.head import load_score_head
 from reward.scorer import Row, score_rows
 
 
-@dataclass(frozen=True)
+@dataclass
 class ForeignRewards:
     """Reward models on one base of their own, or classifiers, whose scores are logits."""
 
@@ -44,7 +44,7 @@ class ForeignRewards:
     score: Callable[[int, Sequence[Row]], Tensor]  # of one of the models: rows to scores
     reads_text: bool  # they are classifiers of texts, and given the response alone
     note: Callable[[str], None]  # is told of the first response that had to be cut
-    _told: list[int] = field(default_factory=list)  # its length
+    _told: bool = False
 
     @torch.no_grad()
     def scores(self, number: int, prompts: Sequence[Chat], responses: Sequence[str]) -> Tensor:
@@ -97,7 +97,7 @@ class ForeignRewards:
 
     def _tell(self, length: int, longest: int) -> None:
         if not self._told:
-            self._told.append(length)
+            self._told = True
             self.note(
                 f"{self.folders[0]}: a response has {length} tokens of this model, which can read"
                 f" {longest}: it is judged by its beginning, like any other that is as long"

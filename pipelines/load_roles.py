@@ -105,14 +105,8 @@ def load_roles(
     check_base(roles, texts, expected)
     limits = job.recipe.data
     renderer = Renderer(tokenizer, limits.max_prompt_tokens, limits.max_response_tokens)
-    return LoadedRoles(
-        roles,
-        facts,
-        tokenizer,
-        renderer,
-        stop_ids(tokenizer, base.config.eos_token_id),
-        tokenizer.pad_token_id,
-    )
+    stops = stop_ids(tokenizer, base.config.eos_token_id)
+    return LoadedRoles(roles, facts, tokenizer, renderer, stops, tokenizer.pad_token_id)
 
 
 def _load_tokenizer(

@@ -29,7 +29,7 @@ from align.seeds import derive_seed
 from data.order import SortedBatches
 from data.records import Demonstration, Ranking, Record, as_demonstration
 from data.render import Renderer, render_all
-from pipelines.best_copy import HeldoutLooks
+from pipelines.best_copy import HeldoutLooks, check_heldout
 from pipelines.memory_check import check_memory
 from pipelines.ranked_tokens import Batch, RankedTokens
 from pipelines.reward_start import AnyReward, Start, reward_start
@@ -233,10 +233,8 @@ def _tokenize(job: StageJob, task: Task, renderer: Renderer) -> Tokenized:
     job.check_dropped("reward", len(train) + len(heldout), dropped + heldout_dropped)
     if not train:
         raise InputError("data.reward: no training row is left once tokenised")
-    if job.recipe.reward is not None and job.recipe.reward.heldout_every and not heldout:
-        raise InputError(
-            "data.reward.heldout: no row is left once tokenised; reward.heldout_every needs some"
-        )
+    assert job.recipe.reward is not None
+    check_heldout("reward", job.recipe.reward, heldout)
     task.check(train, lambda text: job.log.note(text))  # the log begins the stage's folder
     assert isinstance(pad_id, int)
     return Tokenized(train, heldout, _demonstrations(job, renderer), pad_id)

@@ -42,8 +42,8 @@ from data.collate import collate_demonstrations
 from data.lost import LostRows
 from data.records import Demonstration, Labelled, Ranking, Record, Text, as_demonstration, as_prompt
 from data.render import IGNORED, Renderer, Tokens, render_all
-from data.tokenizer import prepare_tokenizer
-from pipelines.best_copy import HeldoutLooks
+from data.tokenizer import prepare_tokenizer, stop_ids
+from pipelines.best_copy import HeldoutLooks, check_heldout
 from pipelines.heldout import heldout_loss, perplexity
 from pipelines.memory_check import check_memory
 from pipelines.shared_training import alone_again, share_batches
@@ -70,11 +70,7 @@ def run(job: StageJob) -> StageResult | None:
     renderer = Renderer(tokenizer, *limits)
     train, heldout, dropped = _rows(job, renderer)
     job.check_dropped("sft", len(train) + len(heldout), dropped)
-    if section.heldout_every and not heldout:
-        raise InputError(
-            "data.sft.heldout: no row is left once tokenised; sft.heldout_every needs some"
-        )
-
+    check_heldout("sft", section, heldout)
     check_room(recipe, base_config(recipe, location), tokenizer)
     base_model = load_causal_lm(recipe, location)
     base_parameters = base_model.num_parameters()
@@ -357,7 +353,7 @@ def _sample(job: StageJob, model: Trained, renderer: Renderer, step: int) -> dic
         [ids for _, ids in rendered],
         max_new_tokens=job.recipe.data.max_response_tokens,
         temperature=1.0,
-        end_ids=renderer.end_ids,
+        end_ids=stop_ids(renderer.tokenizer, model.config.eos_token_id),
         pad_id=pad_id(renderer.tokenizer),
         seed=derive_seed(job.recipe.seed, "sft", "samples"),
         batch_size=section.micro_batch_size or section.batch_size,

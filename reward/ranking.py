@@ -253,8 +253,8 @@ def share_with_interval(outcomes: Tensor, owners: Tensor) -> Interval:
         n = p (1 - p) / var(p),    var(p) = sum_g (sum_(i in g) (x_i - p))^2 / M^2
 
     (the cluster-robust variance; Korn and Graubard 1998 build intervals for surveys so), never
-    above M. Where the formula has nothing to measure, as all prompts have the same share of right
-    pairs, n is the number of prompts.
+    above M. Where the formula has nothing to measure, because all prompts have the same share of
+    right pairs, n is the number of prompts.
 
     Args:
         outcomes: ``[M]`` in [0, 1].

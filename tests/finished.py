@@ -17,10 +17,11 @@ from transformers import (
 import align
 from align.manifest import FILE, BaseFacts, Manifest, sha256_outputs, write_manifest
 from align.models import base_facts
-from align.recipe import StageName
+from align.recipe import StageName, TokenizerSection
 from align.recipe_adapter import Adapter
-from data.tokenizer import end_ids, template_sha256, tokenizer_sha256
+from data.tokenizer import end_ids, prepare_tokenizer, template_sha256, tokenizer_sha256
 from reward.model import new_reward_model
+from tests import tiny
 from tests.adapters import randomise, sft_adapter
 
 ADAPTER = Adapter(r=4, alpha=8.0)
@@ -115,6 +116,23 @@ def reward_stage(
     tokenizer.save_pretrained(directory / "model")
     finish(directory, "reward", **origin(base, tokenizer))
     return directory
+
+
+def sft_run(home: Path) -> tuple[Path, PreTrainedTokenizerBase]:
+    """Write a base, and run x with an SFT stage; return the base's folder and the tokenizer."""
+    tokenizer = prepare_tokenizer(tiny.tokenizer(), TokenizerSection())
+    base = pretrain_stage(home / "base", tiny.llama(), tokenizer)
+    sft = home / "runs/x/sft"
+    tokenizer.save_pretrained(sft_adapter(tiny.llama(), sft / "model"))
+    finish(sft, "sft", **origin(base, tokenizer))
+    return base, tokenizer
+
+
+def rewarded_run(home: Path) -> None:
+    """Write what ``sft_run`` does, and a reward stage of run x and of run other."""
+    base, tokenizer = sft_run(home)
+    for seed, name in enumerate(("x", "other"), 1):
+        reward_stage(home / "runs" / name / "reward", base, tiny.llama(), tokenizer, seed)
 
 
 def unfinish(directory: Path) -> None:

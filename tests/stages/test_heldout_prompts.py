@@ -6,13 +6,9 @@ from typing import Any
 
 import pytest
 
-from align.recipe import TokenizerSection
-from data.tokenizer import prepare_tokenizer
 from launch.verify import verify_run
 from pipelines import stage
-from tests import tiny
-from tests.adapters import sft_adapter
-from tests.finished import finish, origin, pretrain_stage
+from tests.finished import sft_run
 
 RECIPE = """
 name: x
@@ -41,11 +37,7 @@ ONE_IN_FOUR = "[{path: heldout.jsonl}]"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("heldout")
-    tokenizer = prepare_tokenizer(tiny.tokenizer(), TokenizerSection())
-    base = pretrain_stage(home / "base", tiny.llama(), tokenizer)
-    sft = home / "runs/x/sft"
-    tokenizer.save_pretrained(sft_adapter(tiny.llama(), sft / "model"))
-    finish(sft, "sft", **origin(base, tokenizer))
+    sft_run(home)
     (home / "rewards.py").write_text(
         "def short(prompts, responses): return [-len(text) for text in responses]\n"
     )

@@ -14,19 +14,15 @@ from typing import Any
 
 import pytest
 
-from align.recipe import TokenizerSection
-from data.tokenizer import prepare_tokenizer
 from launch.verify import verify_run
 from tests import tiny
-from tests.adapters import sft_adapter
 from tests.finished import (
     edit_manifest,
-    finish,
     foreign_tokenizer,
-    origin,
     plain,
     pretrain_stage,
     reward_stage,
+    rewarded_run,
 )
 
 REPOSITORY = Path(__file__).parents[2]
@@ -75,13 +71,7 @@ def stage(home: Path, name: str) -> str:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("rewards")
-    tokenizer = prepare_tokenizer(tiny.tokenizer(), TokenizerSection())
-    base = pretrain_stage(home / "base", tiny.llama(), tokenizer)
-    sft = home / "runs/x/sft"
-    tokenizer.save_pretrained(sft_adapter(tiny.llama(), sft / "model"))
-    finish(sft, "sft", **origin(base, tokenizer))
-    for seed, name in enumerate(("x", "other"), 1):
-        reward_stage(home / "runs" / name / "reward", base, tiny.llama(), tokenizer, seed)
+    rewarded_run(home)
     theirs = foreign_tokenizer()
     there = pretrain_stage(home / "runs/far/pretrain", tiny.gpt2(290), theirs)
     for seed, name in enumerate(("far", "farther"), 3):

@@ -13,21 +13,18 @@ from torch.testing import assert_close
 
 from align.adapters import WEIGHTS
 from align.errors import TrainingError
-from align.recipe import Recipe, TokenizerSection
+from align.recipe import Recipe
 from align.roles import Roles
 from align.sequences import join
 from align.stages import read_parents, read_reward_models
 from data.load import LoadedData
 from data.records import Message, Prompt
-from data.tokenizer import prepare_tokenizer
 from pipelines import ppo
 from pipelines.load_roles import LoadedRoles
 from pipelines.rollout import Rollout
 from pipelines.stage import StageJob
 from pipelines.update import Updater
-from tests import tiny
-from tests.adapters import sft_adapter
-from tests.finished import finish, origin, plain, pretrain_stage, reward_stage
+from tests.finished import plain, rewarded_run
 
 WORDS = ["hello", "What is red?", "Tom", "Say hello to Mira.", "kite", "Paris"]
 PROMPTS = tuple(Prompt((Message("user", text),)) for text in WORDS)
@@ -41,13 +38,7 @@ SHORT = PPO | {"steps": 2, "max_new_tokens": 6, "probe_every": 1}
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, an SFT stage and two reward stages, one of them another run's; not to be changed."""
     home = tmp_path_factory.mktemp("steps")
-    tokenizer = prepare_tokenizer(tiny.tokenizer(), TokenizerSection())
-    base = pretrain_stage(home / "base", tiny.llama(), tokenizer)
-    sft = home / "runs/x/sft"
-    tokenizer.save_pretrained(sft_adapter(tiny.llama(), sft / "model"))
-    finish(sft, "sft", **origin(base, tokenizer))
-    for seed, name in enumerate(("x", "other"), 1):
-        reward_stage(home / "runs" / name / "reward", base, tiny.llama(), tokenizer, seed)
+    rewarded_run(home)
     return home
 
 

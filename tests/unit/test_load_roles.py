@@ -15,9 +15,10 @@ from align.recipe import Recipe, TokenizerSection
 from align.recipe_adapter import Adapter
 from align.sequences import join
 from data.load import LoadedData
+from data.records import Message, Prompt
 from data.tokenizer import prepare_tokenizer
 from pipelines import load_roles as loading
-from pipelines import ppo, pretrain, reward_model, reward_start
+from pipelines import ppo, pretrain, reward_model, reward_start, sft
 from pipelines.load_roles import load_roles
 from pipelines.stage import Console, StageJob
 from tests import tiny
@@ -116,12 +117,12 @@ def test_a_reward_adapter_from_elsewhere_stays_on_the_base_that_it_was_trained_o
     job = replace(job, recipe=job.recipe.model_copy(update=changes))
     job.parents["sft"] = None  # type: ignore[assignment]
     tokenizer = prepare_tokenizer(tiny.tokenizer(), TokenizerSection())
-    sft, other = job.parent_folder("sft") / "model", tmp_path / "runs/other/reward"
-    shutil.rmtree(sft)
-    tiny.llama(seed=5).save_pretrained(sft)  # far from the base
-    tokenizer.save_pretrained(sft)
+    tuned, other = job.parent_folder("sft") / "model", tmp_path / "runs/other/reward"
+    shutil.rmtree(tuned)
+    tiny.llama(seed=5).save_pretrained(tuned)  # far from the base
+    tokenizer.save_pretrained(tuned)
     reward_stage(other, tmp_path / "base", tiny.llama(), tokenizer, seed=2)
-    folders = {"policy": sft, "reference": sft, "value": sft, "reward1": other / "model"}
+    folders = {"policy": tuned, "reference": tuned, "value": tuned, "reward1": other / "model"}
     trainable = ("policy", "value")
     loaded = load_roles(job, folders, max_new_tokens=8, own_models=trainable, trainable=trainable)
     batch = join([[5, 6, 7]], [[8, 9]])
@@ -129,7 +130,7 @@ def test_a_reward_adapter_from_elsewhere_stays_on_the_base_that_it_was_trained_o
         (score,) = loaded.roles.scores(batch, "reward1").tolist()
         same = loaded.roles.logprobs("policy", batch) - loaded.roles.logprobs("reference", batch)
     assert score == pytest.approx(plain(other, tmp_path / "base", [5, 6, 7, 8, 9]), abs=1e-5)
-    assert abs(score - plain(other, sft, [5, 6, 7, 8, 9])) > 0.05
+    assert abs(score - plain(other, tuned, [5, 6, 7, 8, 9])) > 0.05
     assert float(same.abs().max()) < 1e-6
 
 
@@ -139,7 +140,18 @@ def test_a_response_ends_at_every_id_that_the_base_names(
     base = tiny.llama()
     base.config.eos_token_id = [1, 0, 40]  # a special token more, and an ordinary one
     base.save_pretrained(tmp_path / "base")
-    assert load(job, monkeypatch).end_ids == (1, 0)
+    loaded = load(job, monkeypatch)
+    assert loaded.end_ids == (1, 0)
+
+    def generate(*_: object, end_ids: tuple[int, ...], **__: object) -> None:
+        assert end_ids == (1, 0)
+        raise Stop
+
+    monkeypatch.setattr(sft, "generate", generate)  # so do the samples that SFT shows
+    prompt = Prompt((Message("user", "Tom?"),))
+    job.data["sft"] = LoadedData((prompt,), (), ())
+    with pytest.raises(Stop):
+        sft._sample(job, base, loaded.renderer, 0)
 
 
 def test_the_tokenizers_of_all_stages_trust_what_the_base_is_trusted_with(
